@@ -1,0 +1,1 @@
+"""Plumbing for every stage (text, devices, progress, run logs) and the learner's tool `stages`."""
