@@ -1,0 +1,149 @@
+"""What a run shows: a live progress line, tables, plain lines.
+
+On a terminal the progress line is redrawn in place, at most five times a second and only from `update()`: no thread
+competes with the training for a core. Where stdout is a file or a pipe, a plain line appears now and then instead.
+Under `torchrun` only rank 0 speaks.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from time import perf_counter
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+REDRAW = 0.2  # seconds between two redraws on a terminal
+PLAIN = 10.0  # seconds, and PLAIN_SHARE of the steps, between two lines elsewhere
+PLAIN_SHARE = 0.1
+
+if hasattr(sys.stdout, "reconfigure"):
+    # A character that an old Windows code page lacks must not end a run that has trained for minutes.
+    sys.stdout.reconfigure(errors="replace")
+
+
+def say(text: str = "") -> None:
+    """Print one line as it is: no markup, no wrapping. Fine while a progress line is live."""
+    console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+def number(value) -> str:
+    """A number as a person reads it: 1.234, 52,100, 3.0e-04. Anything that is no number: its `str`."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    value = float(value)
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.1e}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def table(title: str, rows: list[dict]) -> None:
+    """Print `rows` (same keys, in the order of the columns) as a table: numbers formatted and to the right.
+
+    A cell may also be a rich renderable. Away from a terminal the table is as wide as it needs to be.
+    """
+    out = Table(title=Text(title), title_justify="left")
+    for key in rows[0] if rows else ():
+        numeric = all(hasattr(row.get(key, 0.0), "__float__") for row in rows)
+        out.add_column(Text(str(key)), justify="right" if numeric else "left")
+    for row in rows:
+        cells = [row.get(key, "") for key in rows[0]]
+        out.add_row(*(cell if hasattr(cell, "__rich_console__") else Text(number(cell)) for cell in cells))
+    if console.is_terminal:
+        console.print(out)
+    else:
+        console.print(out, width=max(console.width, console.measure(out).maximum))
+
+
+class Progress:
+    """The state behind one progress line. Made by `progress()`."""
+
+    def __init__(self, total: int, title: str, live: Live | None):
+        self.total, self.title, self.live = total, title, live
+        self.step, self.fields = 0, {}
+        self.begin = perf_counter()
+        self.first = None  # (time, step, tokens) at the first update: a resumed run does not start at zero
+        self.next = self.begin if live else self.begin + PLAIN  # no redraw before this time
+        self.shown = 0  # the step of the last plain line
+
+    def update(self, step: int, **fields) -> None:
+        """`step` of `total` steps are done.
+
+        `tokens` is the count since the start of training and is shown per second; `text` is shown as it is; every
+        other field is shown as "name value". Fields keep their value until they are given again. They are formatted
+        only when the line is redrawn: a loss may be a tensor, but a detached one, or it keeps its graph alive.
+        """
+        self.step = step
+        self.fields.update(fields)
+        now = perf_counter()
+        if self.first is None:
+            self.first = now, step, self.fields.get("tokens", 0)
+        if now < self.next:
+            return
+        if self.live:
+            self.next = now + REDRAW
+            self.live.update(self.draw(now), refresh=True)
+        elif abs(step - self.shown) >= PLAIN_SHARE * self.total:
+            self.next, self.shown = now + PLAIN, step
+            say(self.line(now))
+
+    def parts(self, now: float) -> list[str]:
+        """What the line says after the bar, most important first: a narrow terminal cuts off its end."""
+        parts = [f"{self.step:,}/{self.total:,}"]
+        parts += [f"{key} {number(value)}" for key, value in self.fields.items() if key not in ("tokens", "text")]
+        time, step, tokens = self.first or (now, 0, 0)
+        if "tokens" in self.fields and now > time:
+            parts.append(f"{(self.fields['tokens'] - tokens) / (now - time):,.0f} tokens/s")
+        parts.append(clock(now - self.begin))
+        if step < self.step < self.total:
+            parts.append(f"{clock((now - time) * (self.total - self.step) / (self.step - step))} left")
+        if self.fields.get("text"):
+            parts.append(" ".join(str(self.fields["text"]).split()))
+        return parts
+
+    def line(self, now: float) -> str:
+        return "  ".join([self.title, *self.parts(now)])
+
+    def draw(self, now: float) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(no_wrap=True)
+        grid.add_column(width=20)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        bar = ProgressBar(total=max(self.total, 1), completed=self.step, width=20)
+        grid.add_row(Text(self.title, style="bold"), bar, Text("  ".join(self.parts(now))))
+        return grid
+
+
+@contextmanager
+def progress(total: int, title: str):
+    """Show the progress of `total` steps; yields a `Progress` whose `update()` costs next to nothing between redraws.
+
+    The last state stays on the screen. Printing through `console`, `say` or `print` meanwhile is fine, and after
+    Ctrl-C or an error the cursor is back.
+    """
+    if not console.is_terminal:
+        bar = Progress(total, title, None)
+        try:
+            yield bar
+        finally:
+            say(bar.line(perf_counter()))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        bar = Progress(total, title, live)
+        try:
+            yield bar
+        finally:
+            live.update(bar.draw(perf_counter()), refresh=True)

@@ -1,0 +1,216 @@
+"""Text to train on, by name.
+
+    load()               Tiny Shakespeare, or python-docs where it cannot be had
+    load("shakespeare")  Tiny Shakespeare, 1,115,394 characters (Karpathy, char-rnn)
+    load("names")        32,033 first names, one a line (Karpathy, makemore)
+    load("python-docs")  the documentation inside every CPython: needs no network
+    load("my/text.txt")  any UTF-8 file
+
+The first two are looked for in $STAGES_DATA, then in the user's cache folder, then downloaded into it. Whatever the
+way, the bytes must have the checksum below: a number measured on a text is worth nothing if the text differs.
+"""
+
+import ast
+import hashlib
+import http.client
+import os
+import re
+import sys
+import sysconfig
+import unicodedata
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from shared.console import console, say
+from shared.errors import BadInput
+from shared.runlog import write
+
+TIMEOUT = 15  # seconds without a byte before a download is given up
+DOCS_CHARACTERS = 1_200_000  # python-docs is cut here: about the size of Tiny Shakespeare
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text and what to call it in a run's record."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text that others publish: where, how many bytes, and their checksum."""
+
+    file: str
+    url: str
+    size: int
+    sha256: str
+
+
+SOURCES = {
+    "shakespeare": Source(
+        file="tinyshakespeare.txt",
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        size=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "names": Source(
+        file="names.txt",
+        url="https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
+        size=228_145,
+        sha256="0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
+    ),
+}
+
+
+def load(name: str | None = None) -> Corpus:
+    """The corpus called `name`, or read from the file `name`; newlines are left as they are.
+
+    Without a name it is Tiny Shakespeare, and where that cannot be had, python-docs after a line that says so.
+    Raises BadInput for an unknown name, a text that cannot be had, and a file that cannot be read, is empty or is
+    not UTF-8.
+    """
+    if name is None:
+        try:
+            return load("shakespeare")
+        except BadInput as error:
+            say(f"corpus: python-docs instead of shakespeare: {error}")
+            return load("python-docs")
+    if name == "python-docs":
+        return Corpus(name, python_docs())
+    if name in SOURCES:
+        return Corpus(name, published(SOURCES[name]).decode("utf-8"))
+    return Corpus(name, read_text(Path(name)))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises BadInput."""
+    try:
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder: name a UTF-8 text file in it")
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"no corpus or file {str(path)!r}: choose {', '.join(SOURCES)}, python-docs or a UTF-8 file")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): save it as UTF-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {path} ({error.strerror}): check its permissions")
+    if not text.strip():
+        raise BadInput(f"{path} holds no text: choose another file")
+    return text
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        return Path(os.environ["LOCALAPPDATA"]) / "stages"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stages"
+
+
+def published(source: Source) -> bytes:
+    """The bytes of a published text, checked: from $STAGES_DATA, the cache or the network. Raises BadInput."""
+    if os.environ.get("STAGES_DATA"):
+        file = Path(os.environ["STAGES_DATA"]) / source.file
+        if file.exists():
+            data = stored(file)
+            if not right(data, source):
+                raise BadInput(f"{file} is not the published text (wrong checksum): remove it to download it again")
+            return data
+    file = cache_folder() / source.file
+    if file.exists():
+        data = stored(file)
+        if right(data, source):
+            return data
+        say(f"corpus: {file} is damaged (wrong checksum), downloading it again")
+    data = download(source)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, data)
+    except OSError as error:
+        say(f"corpus: not kept in {file.parent} ({error.strerror}), the next run downloads it again")
+    return data
+
+
+def stored(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {file} ({error.strerror}): check its permissions or remove it")
+
+
+def right(data: bytes, source: Source) -> bool:
+    return hashlib.sha256(data).hexdigest() == source.sha256
+
+
+def download(source: Source) -> bytes:
+    """Fetch a text into memory, under a progress bar, and check it. Raises BadInput."""
+    remedy = f"try again, or put {source.file} into a folder and set STAGES_DATA to it"
+    data = bytearray()
+    try:
+        with (
+            urllib.request.urlopen(source.url, timeout=TIMEOUT) as answer,
+            Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+        ):
+            task = bar.add_task(f"downloading {source.file}", total=source.size)
+            while block := answer.read(2**15):
+                data += block
+                bar.update(task, completed=len(data))
+                if len(data) > source.size:
+                    break
+    except (OSError, http.client.HTTPException) as error:
+        raise BadInput(f"cannot download {source.url} ({getattr(error, 'reason', None) or error}): {remedy}")
+    if len(data) < source.size:
+        raise BadInput(f"{source.url} ended after {len(data):,} of {source.size:,} bytes: {remedy}")
+    if not right(data, source):
+        raise BadInput(f"{source.url} is not the text this course uses (wrong checksum): {remedy}")
+    return bytes(data)
+
+
+def python_docs() -> str:
+    """The documentation inside CPython: pydoc's topics and the standard library's docstrings, as plain ASCII.
+
+    Sources are parsed, not imported, so the text depends on the Python version alone. Documents come in the order of
+    their names' checksums, which mixes topics and modules: the last tenth resembles the rest.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [*library.glob("[a-z]*.py"), *library.glob("[a-z]*/*.py")]
+    skipped = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "pydoc_data", "lib-dynload"}
+    documents = {
+        file.relative_to(library).as_posix(): file for file in files if file.parent.name not in skipped
+    }
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        topics = {}
+    documents |= {f"topic {name}": text for name, text in topics.items()}
+    parts, length = [], 0
+    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        document = documents[name]
+        text = ascii_text(document if isinstance(document, str) else docstrings(document))
+        parts.append(text)
+        length += len(text)
+        if length >= DOCS_CHARACTERS:
+            break
+    text = "".join(parts)[:DOCS_CHARACTERS]
+    if not text:
+        raise BadInput(f"no documentation under {library}: choose another corpus")
+    return text
+
+
+def docstrings(file: Path) -> str:
+    """The docstrings of a module, its classes and functions, in the order of the source."""
+    tree = ast.parse(file.read_bytes())
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    found = [ast.get_docstring(node) for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0))]
+    return "\n\n".join(text.strip() for text in found if text)
+
+
+def ascii_text(text: str) -> str:
+    """`text` in printable ASCII and newlines: quotes and dashes replaced, accents dropped, the rest left out."""
+    text = text.translate(str.maketrans("‘’“”–—…•\t", "''\"\"--.* "))
+    text = unicodedata.normalize("NFKD", text)
+    text = re.sub(r"[^\n -~]", "", text).strip()
+    return re.sub(r" +\n", "\n", text) + "\n\n" if text else ""

@@ -1,0 +1,60 @@
+"""Where the numbers are computed, from which seed, and with which memory settings."""
+
+import ctypes
+import random
+
+import numpy as np
+import torch
+
+from shared.errors import BadInput
+
+
+def setup(device: str = "auto", seed: int = 1337) -> torch.device:
+    """Choose the device, seed `random`, numpy and torch, tune the allocator; call it once, before anything is made.
+
+    `auto` is CUDA where there is one, else the CPU. Apple's `mps` has to be asked for, because its numbers differ.
+    Threads stay as torch sets them: one per core, or OMP_NUM_THREADS, which `torchrun` sets too.
+    Raises BadInput for a device that is unknown or not there.
+    """
+    chosen = choose(device)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # the only one of the three that refuses negative and large seeds
+    torch.manual_seed(seed)  # every device
+    if chosen.type == "cpu":
+        keep_memory()
+    return chosen
+
+
+def choose(device: str) -> torch.device:
+    """The device called "auto", "cpu", "cuda", "cuda:1" or "mps". Raises BadInput."""
+    kind, _, index = device.partition(":")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise BadInput("this machine has no MPS device: use --device cpu")
+        return torch.device("mps")
+    if kind == "cuda" and (index.isdecimal() or device == "cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise BadInput(f"no device {device!r}, torch sees {count} CUDA devices: use --device auto or cpu")
+        return torch.device(device)
+    raise BadInput(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep freed memory for the next step instead of giving it back to the system.
+
+    A training step frees what the next one allocates again. By default glibc takes each large block fresh from the
+    kernel, which hands out zeroed pages one fault at a time. Does nothing where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS and musl have no mallopt, Windows no CDLL(None)
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # from malloc.h
+    mallopt(mmap_max, 0)  # large blocks come from the heap too
+    mallopt(trim_threshold, 2**31 - 1)  # bytes free at the heap's end before any go back
+    mallopt(top_pad, 64 * 2**20)  # bytes the heap grows by beyond the need
