@@ -1,0 +1,67 @@
+"""`stages`: where the learner is, and what comes next."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.stages import repo
+from shared.stages.results import Progress, read_progress, summaries
+
+
+def best_loss(stage: repo.Stage) -> str:
+    """The lowest validation loss of the stage's runs in nats per character, e.g. "1.587".
+
+    Losses on different texts do not compare: Tiny Shakespeare goes first, any other text is named.
+    """
+    losses: dict[str, list[float]] = {}
+    for summary in summaries(stage).values():
+        if isinstance(summary.get("val_loss"), int | float):
+            losses.setdefault(str(summary.get("corpus", "")), []).append(summary["val_loss"])
+    if not losses:
+        return ""
+    corpus = "shakespeare" if "shakespeare" in losses else min(losses)
+    return f"{min(losses[corpus]):.3f}" + ("" if corpus == "shakespeare" else f" ({corpus})")
+
+
+def passed(progress: Progress | None) -> str:
+    """Checkpoints of the last check: "12/14", "13/13 + 1 skipped"; "" before the first."""
+    if progress is None:
+        return ""
+    skipped = f" + {progress.skipped} skipped" if progress.skipped else ""
+    return f"{progress.passed}/{progress.total - progress.skipped}{skipped}"
+
+
+def advice(stages: list[repo.Stage], record: dict[str, Progress]) -> str:
+    """One line: the first thing that is not done."""
+    for before, stage in zip([None, *stages], stages):
+        progress = record.get(stage.name)
+        number = f"{stage.number:02}"
+        if progress is None:
+            read = f"read {stage.name}/README.md"
+            changes = f", see what changed: uv run stages diff {before.number:02} {number}" if before else ""
+            return f"{read}{changes}, then: uv run stages check {number}"
+        if progress.failed:
+            return f"mend {progress.failed[0].split('::')[-1]} in {stage.name}: uv run stages check {number}"
+        if not summaries(stage):
+            return f"train: uv run stages run {number}"
+    return "every checkpoint passes: change something, and see what it does to the loss"
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the table and the advice."""
+    top = repo.root()
+    stages, record = repo.stages(top), read_progress(top)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("title", ratio=1)
+    table.add_column("checkpoints", justify="right", no_wrap=True)
+    table.add_column("val loss", justify="right", no_wrap=True)
+    for stage in stages:
+        progress = record.get(stage.name)
+        style = "" if progress is None else "green" if progress.complete else "red"
+        table.add_row(stage.name, stage.title, f"[{style}]{passed(progress)}[/]" if style else "", best_loss(stage))
+    console = Console()
+    console.print(table)
+    console.print(f"\nnext: {advice(stages, record)}", highlight=False, soft_wrap=True)
+    return 0

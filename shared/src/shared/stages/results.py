@@ -1,0 +1,62 @@
+"""What was measured: the summaries of a stage's runs, and the checkpoints passed."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from shared.stages.repo import Stage
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The last `stages check` of one folder. A checkpoint is one test function, whatever its parameters."""
+
+    total: int
+    passed: int
+    skipped: int  # what this machine cannot test, e.g. CUDA
+    failed: list[str] = field(default_factory=list)  # "tests/test_model.py::test_mask"; a file that cannot be read
+    when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
+
+    @property
+    def complete(self) -> bool:
+        return not self.failed and 0 < self.total == self.passed + self.skipped
+
+
+def read_progress(top: Path) -> dict[str, Progress]:
+    """What is recorded, by folder: {"06_gpt": Progress(...)}. A missing or damaged record counts as none."""
+    try:
+        record = json.loads((top / ".stages" / "progress.json").read_text("utf-8"))
+        return {name: Progress(**entry) for name, entry in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def record_progress(top: Path, name: str, progress: Progress) -> None:
+    """Add one folder's result to the record; the file is always whole."""
+    record = read_progress(top) | {name: progress}
+    text = json.dumps({name: asdict(entry) for name, entry in record.items()}, indent=1)
+    replace(top / ".stages" / "progress.json", text.encode("utf-8"))
+
+
+def summaries(stage: Stage) -> dict[str, dict]:
+    """The headline figures of the stage's finished runs, by run: {"default": {"val_loss": 1.59, ...}}."""
+    found = {}
+    for file in sorted(stage.path.glob("out/*/summary.json")):
+        try:
+            found[file.parent.name] = dict(json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue  # not written by a run of this course
+    return found
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

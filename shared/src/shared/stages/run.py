@@ -1,0 +1,62 @@
+"""`stages run N [script] [args...]`: runs a script of a stage in the stage's folder."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from shared.errors import BadInput
+from shared.stages.repo import Stage, find
+
+
+def scripts(stage: Stage) -> list[str]:
+    """Everything in the stage that runs as a program, e.g. ["sample.py", "train.py", "demos/moons.py"]."""
+    files = [*stage.trunk(), *sorted(stage.path.glob("extras/*.py")), *sorted(stage.path.glob("demos/*.py"))]
+    return [f.relative_to(stage.path).as_posix() for f in files if "\nif __name__ ==" in f.read_text("utf-8")]
+
+
+def choose(stage: Stage, words: list[str]) -> tuple[str, list[str]]:
+    """Split what follows the stage into a script and its arguments.
+
+    [] -> ("train.py", []), ["--steps", "9"] -> ("train.py", ["--steps", "9"]), ["sample"] -> ("sample.py", []).
+    Raises BadInput for an unknown script.
+    """
+    if not words or words[0].startswith("-"):
+        return stage.main, words
+    for name in (words[0], words[0] + ".py"):
+        file = (stage.path / name).resolve()
+        if file.suffix == ".py" and file.is_file() and file.is_relative_to(stage.path.resolve()):
+            return file.relative_to(stage.path.resolve()).as_posix(), words[1:]
+    raise BadInput(f"{stage.name} has no script {words[0]!r}: choose from {', '.join(scripts(stage))}")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Hand the process over to the script: its exit code and Ctrl-C are then its own business."""
+    stage = find(args.stage)
+    script, rest = choose(stage, args.words)
+    words = [sys.executable, script, *rest]
+    os.chdir(stage.path)
+    sys.stdout.flush()
+    if os.name == "posix":
+        os.execv(sys.executable, words)
+    # Windows cannot replace a process. Ctrl-C reaches the child too, which may need time to save its checkpoint.
+    child = subprocess.Popen(words)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def add(subparsers) -> None:
+    """Register `stages run`."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run a stage's main script, or another of its scripts",
+        usage="stages run N [script] [args...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("stage", metavar="N", help="a stage: 6, 06 or 06_gpt")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="a script, then its arguments")
+    parser.set_defaults(func=command)
