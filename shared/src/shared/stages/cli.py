@@ -1,11 +1,10 @@
 """`uv run stages`: the command line of the learner's tool. One module per command, each with `add(subparsers)`."""
 
 import argparse
-import sys
 
 from shared import errors
 from shared.errors import BadInput
-from shared.stages import check, overview, run
+from shared.stages import check, doctor, ladder, overview, run
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,17 +21,13 @@ def parser() -> Parser:
     top = Parser(prog="stages", description="Follow the course: without a command, where you are and what comes next.")
     top.set_defaults(func=overview.show)
     commands = top.add_subparsers(metavar="command")
-    for module in (run, check):
+    for module in (doctor, run, check, ladder):
         module.add(commands)
     return top
 
 
 def main() -> None:
     """The `stages` program."""
-    # A pipe or an old Windows console may not know a tick; a question mark is better than a crash.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
-
     def command() -> int:
         args = parser().parse_args()
         return args.func(args)

@@ -2,9 +2,9 @@
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
+from shared.console import console, say
 from shared.stages import repo
 from shared.stages.results import Progress, read_progress, summaries
 
@@ -61,7 +61,6 @@ def show(args: argparse.Namespace) -> int:
         progress = record.get(stage.name)
         style = "" if progress is None else "green" if progress.complete else "red"
         table.add_row(stage.name, stage.title, f"[{style}]{passed(progress)}[/]" if style else "", best_loss(stage))
-    console = Console()
     console.print(table)
-    console.print(f"\nnext: {advice(stages, record)}", highlight=False, soft_wrap=True)
+    say(f"\nnext: {advice(stages, record)}")
     return 0

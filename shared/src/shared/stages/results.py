@@ -1,11 +1,10 @@
 """What was measured: the summaries of a stage's runs, and the checkpoints passed."""
 
 import json
-import os
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from shared.runlog import write
 from shared.stages.repo import Stage
 
 
@@ -17,7 +16,6 @@ class Progress:
     passed: int
     skipped: int  # what this machine cannot test, e.g. CUDA
     failed: list[str] = field(default_factory=list)  # "tests/test_model.py::test_mask"; a file that cannot be read
-    when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
 
     @property
     def complete(self) -> bool:
@@ -36,8 +34,9 @@ def read_progress(top: Path) -> dict[str, Progress]:
 def record_progress(top: Path, name: str, progress: Progress) -> None:
     """Add one folder's result to the record; the file is always whole."""
     record = read_progress(top) | {name: progress}
-    text = json.dumps({name: asdict(entry) for name, entry in record.items()}, indent=1)
-    replace(top / ".stages" / "progress.json", text.encode("utf-8"))
+    file = top / ".stages" / "progress.json"
+    file.parent.mkdir(exist_ok=True)
+    write(file, json.dumps({name: asdict(entry) for name, entry in record.items()}, indent=1) + "\n")
 
 
 def summaries(stage: Stage) -> dict[str, dict]:
@@ -49,14 +48,3 @@ def summaries(stage: Stage) -> dict[str, dict]:
         except (OSError, ValueError, TypeError):
             continue  # not written by a run of this course
     return found
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

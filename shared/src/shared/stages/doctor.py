@@ -1,0 +1,175 @@
+"""`stages doctor`: what this machine has for the course, and the remedy for what it lacks."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from shared import corpus
+from shared.console import console, say
+from shared.errors import BadInput
+from shared.stages import repo
+
+FREE = 2 * 10**9  # bytes: checkpoints, token files, figures of all stages
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. Something missing has a remedy; `required` says that the course cannot do without."""
+
+    ok: bool
+    detail: str
+    remedy: str = ""
+    required: bool = False
+
+
+def python() -> Finding:
+    found = sys.version.split()[0]
+    return Finding(sys.version_info >= (3, 11), found, "uv python install 3.13, then delete .venv", required=True)
+
+
+def uv() -> Finding:
+    program = os.environ.get("UV") or shutil.which("uv")  # `uv run` sets UV
+    if not program:
+        return Finding(False, "not on the PATH", "see docs.astral.sh/uv, Installing uv")
+    return Finding(True, subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip())
+
+
+def torch_version() -> Finding:
+    """Within the bounds of the root pyproject.toml."""
+    import torch
+
+    settings = tomllib.loads((repo.root() / "pyproject.toml").read_text("utf-8"))["tool"]["uv"]
+    bounds = next(r for r in map(Requirement, settings["constraint-dependencies"]) if r.name == "torch").specifier
+    ok = bounds.contains(torch.__version__, prereleases=True)
+    return Finding(ok, torch.__version__, f"the course needs torch {bounds}: uv sync --all-packages", required=True)
+
+
+def threads() -> Finding:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = torch.get_num_threads()
+    detail = f"{count} threads on {cores} cores"
+    return Finding(count <= cores, detail, f"more threads than cores slow training down: set OMP_NUM_THREADS={cores}")
+
+
+def accelerator() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding(True, f"CUDA, {torch.cuda.get_device_name(0)}")
+    if torch.backends.mps.is_available():
+        return Finding(True, "Metal, used when asked for with --device mps")
+    if shutil.which("nvidia-smi"):
+        return Finding(False, f"torch {torch.__version__} cannot use the NVIDIA GPU", "install a CUDA build of torch")
+    return Finding(True, "none: the CPU does everything")
+
+
+def bfloat16() -> Finding:
+    """Whether bfloat16 pays on this CPU is measured, not looked up."""
+    import torch
+
+    def seconds(kind: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=kind)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    verdict = "" if ratio > 1 else ": float32 is the faster choice here"
+    return Finding(True, f"a matrix product takes {1 / ratio:.2f} of its time in float32{verdict}")
+
+
+def disk() -> Finding:
+    free = shutil.disk_usage(repo.root()).free
+    return Finding(free >= FREE, f"{free / 1e9:.0f} GB free", f"make room: {FREE / 1e9:.0f} GB are enough", required=True)
+
+
+def dot() -> Finding:
+    program = shutil.which("dot")
+    remedy = "install graphviz (apt install graphviz, brew install graphviz); without it graphs stay DOT text"
+    return Finding(program is not None, program or "not on the PATH", remedy)
+
+
+def text(name: str) -> Finding:
+    """Where a published text is, without downloading it."""
+    source = corpus.SOURCES[name]
+    given = os.environ.get("STAGES_DATA")
+    for where, folder in (("STAGES_DATA", given), ("cache", corpus.cache_folder())):
+        if folder and (file := Path(folder) / source.file).exists():
+            try:
+                whole = corpus.right(corpus.stored(file), source)
+            except BadInput as error:
+                return Finding(False, where, str(error))
+            return Finding(whole, f"in {where}" if whole else f"{file}: wrong checksum", "delete the file")
+    return Finding(True, f"downloaded when first used ({source.size / 1e6:.1f} MB)")
+
+
+def backward() -> Finding:
+    """loss = (w·x)², so dloss/dw = 2(w·x)x: by hand, w·x = -2 and the gradient is (-4, -8, -12)."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    w = torch.tensor([1.0, 0.0, -1.0], device=device, requires_grad=True)
+    loss = (w @ torch.tensor([1.0, 2.0, 3.0], device=device)) ** 2
+    loss.backward()
+    ok = loss.item() == 4 and w.grad.tolist() == [-4, -8, -12]
+    detail = f"loss {loss.item():g}, gradient {w.grad.tolist()} on {device}"
+    return Finding(ok, detail, "by hand it is 4 and [-4, -8, -12]: install torch again", required=True)
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "Python": python,
+    "uv": uv,
+    "torch": torch_version,
+    "threads": threads,
+    "GPU": accelerator,
+    "bfloat16": bfloat16,
+    "disk": disk,
+    "graphviz": dot,
+    **{f"text: {name}": lambda name=name: text(name) for name in corpus.SOURCES},
+    "text: python-docs": lambda: Finding(True, "inside Python"),
+    "backward": backward,
+}
+
+
+def examine(name: str, check: Callable[[], Finding]) -> Finding:
+    """The finding; a check that breaks down is a finding too (a torch that cannot be imported, say)."""
+    try:
+        return check()
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Finding(False, reason, "uv sync --all-packages --reinstall", required=True)
+
+
+def command(args: argparse.Namespace) -> int:
+    """One line for each check; 1 when something required is missing."""
+    code = 0
+    with console.status("") as status:
+        for name, check in CHECKS.items():
+            status.update(f"looking at {name}")  # the first `import torch` takes seconds
+            found = examine(name, check)
+            mark = "[green]ok     [/green]" if found.ok else "[red]missing[/red]"
+            console.print(f"{mark}  {name:<18}", end="")
+            say(found.detail if found.ok else f"{found.detail}: {found.remedy}")
+            if found.required and not found.ok:
+                code = 1
+    return code
+
+
+def add(subparsers) -> None:
+    """Register `stages doctor`."""
+    parser = subparsers.add_parser("doctor", help="check this machine: Python, torch, cores, GPU, disk, texts")
+    parser.set_defaults(func=command)

@@ -1,0 +1,182 @@
+"""`stages ladder`: every language model of the course on one text, as a table and a figure in the root README.
+
+A stage lists its runs in its pyproject.toml; without a list it is the main script, and `rungs = []` keeps a stage out:
+
+    [[tool.stages.rungs]]
+    args = ["train.py", "--preset", "long"]   # default: the main script, no arguments
+    run = "long"                              # the run's folder in out/, default "default"
+    name = "GPT, five minutes"                # default: the stage's title
+
+A run's summary.json is one rung, from `params`, `tokens`, `seconds`, `val_loss`, `val_bpb`; or several, when it holds
+a list `rungs` of such objects, each with a `name`. A summary without `val_loss` is no language model's.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from shared.console import console, say
+from shared.errors import BadInput
+from shared.runlog import write
+from shared.stages import repo
+from shared.stages.results import summaries
+
+START, END = "<!-- ladder -->", "<!-- /ladder -->"
+FIGURE = "shared/ladder.png"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run on the ladder."""
+
+    stage: repo.Stage
+    args: list[str]
+    run: str
+    name: str
+
+    @property
+    def summary(self) -> Path:
+        return self.stage.path / "out" / self.run / "summary.json"
+
+    def __str__(self) -> str:
+        return f"uv run stages run {self.stage.number:02} {' '.join(self.args)}"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One row. Losses in nats per character over the whole validation text; None where nothing was stated."""
+
+    stage: str
+    name: str
+    val_loss: float
+    params: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    val_bpb: float | None = None
+
+
+# nanoGPT's README (Karpathy, 2022), same text and split: 2,000 steps of 12 x 64 characters, 5,000 of 64 x 256. Its
+# losses are averages over random batches of the validation text; every character is one byte.
+REFERENCES = [
+    Rung("nanoGPT", "CPU recipe, published", 1.88, 804_096, 1_536_000, None, 1.88 / math.log(2)),
+    Rung("nanoGPT", "GPU recipe, published", 1.4697, 10_745_088, 81_920_000, None, 1.4697 / math.log(2)),
+]
+
+
+def recipes(stage: repo.Stage) -> list[Recipe]:
+    """The runs that the stage puts on the ladder."""
+    about = tomllib.loads((stage.path / "pyproject.toml").read_text("utf-8"))["tool"]["stages"]
+    return [
+        Recipe(stage, entry.get("args", [stage.main]), entry.get("run", "default"), entry.get("name", stage.title))
+        for entry in about.get("rungs", [{}])
+    ]
+
+
+def rungs(recipe: Recipe) -> list[Rung]:
+    """The rows that a finished run contributes. Raises BadInput when it has not run, or on another text."""
+    summary = summaries(recipe.stage).get(recipe.run)
+    if summary is None:
+        raise BadInput(f"{recipe.stage.name} has no out/{recipe.run}/summary.json: {recipe}")
+    rows = summary.get("rungs") or [{"name": recipe.name, **summary}]
+    rows = [row for row in rows if "val_loss" in row]
+    if rows and summary.get("corpus") != "shakespeare":
+        raise BadInput(f"{recipe} trained on {summary.get('corpus')}: losses compare on shakespeare only")
+    fields = ("name", "val_loss", "params", "tokens", "seconds", "val_bpb")
+    return [Rung(recipe.stage.name, **{key: row[key] for key in fields if key in row}) for row in rows]
+
+
+def train(recipe: Recipe) -> None:
+    """Run one recipe. Raises BadInput when it fails or leaves no summary."""
+    say(f"\n{recipe}")
+    start = time.time()
+    env = {key: value for key, value in os.environ.items() if key != "STAGES_OUT"}
+    code = subprocess.run([sys.executable, *recipe.args], cwd=recipe.stage.path, env=env).returncode
+    if code:
+        raise BadInput(f"{recipe} ended with {code}: the ladder is unchanged")
+    if not recipe.summary.exists() or recipe.summary.stat().st_mtime < start - 1:
+        raise BadInput(f"{recipe} wrote no out/{recipe.run}/summary.json: set `run` of the rung to the run's folder")
+
+
+def markdown(rows: list[Rung]) -> str:
+    """The table and the figure as they stand in the README."""
+
+    def cells(rung: Rung) -> list[str]:
+        stage = rung.stage if rung in REFERENCES else f"[{rung.stage}]({rung.stage}/README.md)"
+        seconds = "" if rung.seconds is None else f"{rung.seconds:,.{0 if rung.seconds >= 10 else 1}f}"
+        counts = ["" if count is None else f"{count:,}" for count in (rung.params, rung.tokens)]
+        bits = "" if rung.val_bpb is None else f"{rung.val_bpb:.3f}"
+        return [stage, rung.name, *counts, seconds, f"{rung.val_loss:.3f}", bits]
+
+    head = ["stage", "model", "parameters", "training tokens", "seconds", "val loss (nats/char)", "bits/byte"]
+    lines = [head, ["---", "---", *["---:"] * 5], *map(cells, rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n![Validation loss of every model of the course, rung by rung]({FIGURE})"
+
+
+def figure(rows: list[Rung]) -> bytes:
+    """A PNG: one line per rung, in order, its loss as a dot and its training time beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 0.6 + 0.34 * len(rows)))
+    for y, rung in enumerate(rows):
+        color = "tab:gray" if rung in REFERENCES else "tab:blue"
+        ax.plot(rung.val_loss, y, "o", color=color)
+        seconds = "" if rung.seconds is None else f"  in {rung.seconds:,.{0 if rung.seconds >= 10 else 1}f} s"
+        ax.annotate(f"{rung.val_loss:.3f}{seconds}", (rung.val_loss, y), (9, 0), textcoords="offset points", va="center")
+    ax.axvline(REFERENCES[0].val_loss, color="tab:gray", linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(rows)), [f"{rung.stage}  {rung.name}" for rung in rows])
+    ax.invert_yaxis()
+    ax.margins(x=0.25)
+    ax.set_xlabel("validation loss, nats per character")
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    png = BytesIO()
+    fig.savefig(png, format="png", dpi=100, bbox_inches="tight")
+    plt.close(fig)
+    return png.getvalue()
+
+
+def rewrite(text: str, block: str) -> str:
+    """`text` with `block` between the markers. Raises BadInput when they are not there exactly once."""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise BadInput(f"README.md needs the markers {START} and {END}, once and in this order")
+    before, after = text.split(START)[0], text.split(END)[1]
+    return f"{before}{START}\n{block}\n{END}{after}"
+
+
+def command(args: argparse.Namespace) -> int:
+    """Train unless told otherwise, then rewrite the README's table and the figure: all of it or nothing."""
+    top = repo.root()
+    readme = top / "README.md"
+    rewrite(readme.read_text("utf-8"), "")  # complain before the minutes of training, not after
+    ladder = [recipe for stage in repo.stages(top) for recipe in recipes(stage)]
+    if not args.no_train:
+        for recipe in ladder:
+            train(recipe)
+    rows = [rung for recipe in ladder for rung in rungs(recipe)] + REFERENCES
+    png = figure(rows)
+    write(top / FIGURE, png)
+    write(readme, rewrite(readme.read_text("utf-8"), markdown(rows)))
+    console.print(f"{len(rows)} rungs written to README.md and {FIGURE}")
+    return 0
+
+
+def add(subparsers) -> None:
+    """Register `stages ladder`."""
+    parser = subparsers.add_parser(
+        "ladder",
+        help="for contributors: train every rung, then rewrite the README's ladder table and figure",
+        usage="stages ladder [--no-train]",
+    )
+    parser.add_argument("--no-train", action="store_true", help="rewrite from the runs that exist")
+    parser.set_defaults(func=command)
