@@ -54,7 +54,8 @@ def pair(tmp_path):
 
 def readme(rows: str) -> str:
     head = "| file | definition | new/changed/removed | why |\n| --- | :-- | --- | --- |\n"
-    return f"# T\n\n| file | x |\n\n## What changed since 01\n\nWords.\n\n{head}{rows}\n## Run it\n\n| `z.py` | `q` | new | w |\n"
+    after = "\n## Run it\n\n| `z.py` | `q` | new | w |\n"
+    return f"# Title\n\n| file | x |\n\n## What changed since 01\n\nWords.\n\n{head}{rows}{after}"
 
 
 def test_the_right_table_has_no_problem(pair):
