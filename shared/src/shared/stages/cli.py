@@ -1,6 +1,8 @@
 """`uv run stages`: the command line of the learner's tool. One module per command, each with `add(subparsers)`."""
 
 import argparse
+from collections.abc import Sequence
+from typing import NoReturn
 
 from shared import errors
 from shared.errors import BadInput
@@ -9,6 +11,11 @@ from shared.stages import check, doctor, ladder, overview, run
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line that says what is allowed."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but what a command does not know is that command's error, not the whole program's."""
+        found, unknown = super().parse_known_args(args, namespace)
+        return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
 
     def error(self, message: str):
         """Raises BadInput with argparse's message and the usage, folded to one line."""
@@ -26,10 +33,11 @@ def parser() -> Parser:
     return top
 
 
-def main() -> None:
-    """The `stages` program."""
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """The `stages` program with the arguments `words`, by default those of the process."""
+
     def command() -> int:
-        args = parser().parse_args()
+        args = parser().parse_args(words)
         return args.func(args)
 
     errors.cli(command)

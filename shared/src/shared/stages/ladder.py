@@ -61,6 +61,13 @@ class Rung:
     seconds: float | None = None
     val_bpb: float | None = None
 
+    @property
+    def time(self) -> str:
+        """Seconds as people say them: 0.04, 3.5, 75, 1,200."""
+        if self.seconds is None:
+            return ""
+        return f"{self.seconds:.2g}" if self.seconds < 10 else f"{self.seconds:,.0f}"
+
 
 # nanoGPT's README (Karpathy, 2022), same text and split: 2,000 steps of 12 x 64 characters, 5,000 of 64 x 256. Its
 # losses are averages over random batches of the validation text; every character is one byte.
@@ -109,10 +116,9 @@ def markdown(rows: list[Rung]) -> str:
 
     def cells(rung: Rung) -> list[str]:
         stage = rung.stage if rung in REFERENCES else f"[{rung.stage}]({rung.stage}/README.md)"
-        seconds = "" if rung.seconds is None else f"{rung.seconds:,.{0 if rung.seconds >= 10 else 1}f}"
         counts = ["" if count is None else f"{count:,}" for count in (rung.params, rung.tokens)]
         bits = "" if rung.val_bpb is None else f"{rung.val_bpb:.3f}"
-        return [stage, rung.name, *counts, seconds, f"{rung.val_loss:.3f}", bits]
+        return [stage, rung.name, *counts, rung.time, f"{rung.val_loss:.3f}", bits]
 
     head = ["stage", "model", "parameters", "training tokens", "seconds", "val loss (nats/char)", "bits/byte"]
     lines = [head, ["---", "---", *["---:"] * 5], *map(cells, rows)]
@@ -131,8 +137,8 @@ def figure(rows: list[Rung]) -> bytes:
     for y, rung in enumerate(rows):
         color = "tab:gray" if rung in REFERENCES else "tab:blue"
         ax.plot(rung.val_loss, y, "o", color=color)
-        seconds = "" if rung.seconds is None else f"  in {rung.seconds:,.{0 if rung.seconds >= 10 else 1}f} s"
-        ax.annotate(f"{rung.val_loss:.3f}{seconds}", (rung.val_loss, y), (9, 0), textcoords="offset points", va="center")
+        told = f"{rung.val_loss:.3f}" + (f"  in {rung.time} s" if rung.time else "")
+        ax.annotate(told, (rung.val_loss, y), (9, 0), textcoords="offset points", va="center")
     ax.axvline(REFERENCES[0].val_loss, color="tab:gray", linestyle=":", linewidth=1)
     ax.set_yticks(range(len(rows)), [f"{rung.stage}  {rung.name}" for rung in rows])
     ax.invert_yaxis()
