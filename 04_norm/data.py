@@ -1,0 +1,95 @@
+"""Text to integers and back, and the examples a model learns from: some context and the character that follows."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from shared import corpus
+from shared.errors import BadInput
+
+
+class Vocabulary:
+    """The distinct characters of a text, numbered in sorted order.
+
+    Vocabulary("hello").chars == "ehlo", so "hole" encodes to [1, 3, 2, 0].
+    """
+
+    def __init__(self, text: str):
+        self.chars = "".join(sorted(set(text)))
+        self.index = {char: i for i, char in enumerate(self.chars)}
+
+    def __len__(self):
+        return len(self.chars)
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Text of N characters -> token ids [N]. Raises BadInput for a character that is not in the vocabulary."""
+        try:
+            return torch.tensor([self.index[char] for char in text], dtype=torch.long)
+        except KeyError as error:
+            raise BadInput(f"character {error.args[0]!r} is not among the {len(self)} known: {self.chars!r}") from None
+
+    def decode(self, ids) -> str:
+        """Token ids, a tensor [N] or a list -> text of N characters."""
+        return "".join(self.chars[i] for i in torch.as_tensor(ids).tolist())
+
+
+def split(text: str) -> tuple[str, str]:
+    """The first 90 % of the characters to train on, the rest to validate on.
+
+    By position, before any window is cut: a random split of windows would put nearly the same stretch of text
+    on both sides, and the validation loss would reward learning by heart.
+    """
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def windows(data: torch.Tensor, block_size: int):
+    """Every stretch of `block_size` tokens and the token that follows it.
+
+    data [N] -> x [N - block_size, block_size], y [N - block_size]: [1, 2, 3, 4] with block_size 2 gives
+    x = [[1, 2], [2, 3]], y = [3, 4]. Raises BadInput when no window fits.
+    """
+    if len(data) <= block_size:
+        raise BadInput(f"a text of {len(data)} characters has no window of {block_size} + 1: use a longer text")
+    rows = data.unfold(0, block_size + 1, 1)  # a view: the text is not copied once per window
+    return rows[:, :-1], rows[:, -1]
+
+
+def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int):
+    """Minibatches without end: each pass over the text draws every window once, in a new order.
+
+    Yields x [batch_size, block_size], y [batch_size]. Drawing windows independently would show some three times before
+    others once.
+    """
+    x, y = windows(data, block_size)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for rows in order.split(batch_size):
+            if len(rows) == batch_size or len(x) < batch_size:  # the odd few at the end wait for another pass
+                yield x[rows], y[rows]
+
+
+@dataclass
+class Dataset:
+    """A corpus, ready for a model."""
+
+    name: str
+    vocab: Vocabulary
+    train: torch.Tensor  # token ids of the first 90 % of the text
+    val: torch.Tensor  # token ids of the rest
+    bytes_per_char: float  # of the validation text in UTF-8: 1 for plain English
+
+    def bits_per_byte(self, nats_per_char: float) -> float:
+        """A loss in the unit that compares across vocabularies and with compressors: bits per byte of text."""
+        return nats_per_char / math.log(2) / self.bytes_per_char
+
+
+def load_data(name: str | None = None) -> Dataset:
+    """The corpus called `name`, split and encoded."""
+    source = corpus.load(name)
+    vocab = Vocabulary(source.text)
+    train, val = split(source.text)
+    if not val:
+        raise BadInput(f"{source.name} has only {len(source.text)} characters: use a longer text")
+    return Dataset(source.name, vocab, vocab.encode(train), vocab.encode(val), len(val.encode("utf-8")) / len(val))
