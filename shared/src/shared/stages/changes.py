@@ -12,11 +12,10 @@ import re
 from dataclasses import dataclass
 
 from shared.errors import BadInput, cli
-from shared.stages.definitions import PSEUDO, Change, compare_stages, load
+from shared.stages.definitions import PSEUDO, WHOLE, Change, compare_stages, load
 from shared.stages.repo import Stage, find, stages
 
 STATUSES = ("new", "changed", "removed")
-WHOLE = "(whole file)"
 HEADER = "| file | definition | new/changed/removed | why |\n|---|---|---|---|"
 
 

@@ -17,12 +17,13 @@ Three names are made up: `docstring` (the module's), `imports` and `main guard`.
 import ast
 import difflib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.errors import BadInput
 from shared.stages.repo import Stage
 
+WHOLE = "(whole file)"
 PSEUDO = ("docstring", "imports", "main guard")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -216,3 +217,19 @@ def compare_stages(old: Stage, new: Stage) -> list[Change]:
     """What changed in the trunk from one stage to another, file by file."""
     files = sorted({path.name for path in [*old.trunk(), *new.trunk()]})
     return [change for file in files for change in compare(load(old.path / file), load(new.path / file), file)]
+
+
+def fold_removed(changes: list[Change], new: Stage) -> list[Change]:
+    """The same changes, but what went with its class stands under the class, and with its file under WHOLE."""
+    gone = {(change.file, change.name) for change in changes if change.status == "removed"}
+    folded: dict[tuple[str, str], Change] = {}
+    for change in changes:
+        parts = change.name.split(".")
+        scopes = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        name = next((scope for scope in scopes if (change.file, scope) in gone), change.name)
+        name = name if (new.path / change.file).is_file() else WHOLE
+        above = folded.get((change.file, name))
+        folded[change.file, name] = replace(
+            change, name=name, old=f"{above.old}\n{change.old}" if above else change.old
+        )
+    return list(folded.values())
