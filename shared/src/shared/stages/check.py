@@ -34,7 +34,8 @@ def pytest_run(folder: Path, verbose: bool) -> Iterator[tuple[subprocess.Popen, 
             child = subprocess.Popen(
                 [*words, *(["-v"] if verbose else [])],
                 cwd=folder,
-                env=os.environ | {"STAGES_REPORT": str(events)},
+                # What else is installed into pytest costs time at the start, and no checkpoint needs it.
+                env=os.environ | {"STAGES_REPORT": str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
                 stdout=None if verbose else sink,
                 stderr=None if verbose else subprocess.STDOUT,
             )

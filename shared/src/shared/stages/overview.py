@@ -34,12 +34,12 @@ def passed(progress: Progress | None) -> str:
 
 def advice(stages: list[repo.Stage], record: dict[str, Progress]) -> str:
     """One line: the first thing that is not done."""
-    for before, stage in zip([None, *stages], stages):
+    for stage in stages:
         progress = record.get(stage.name)
         number = f"{stage.number:02}"
         if progress is None:
             read = f"read {stage.name}/README.md"
-            changes = f", see what changed: uv run stages diff {before.number:02} {number}" if before else ""
+            changes = f", see what changed: uv run stages diff {number}" if stage is not stages[0] else ""
             return f"{read}{changes}, then: uv run stages check {number}"
         if progress.failed:
             return f"mend {progress.failed[0].split('::')[-1]} in {stage.name}: uv run stages check {number}"

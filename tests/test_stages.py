@@ -1,0 +1,64 @@
+"""Every stage's own checkpoints, each suite in a process of its own: same-named modules of two stages never meet."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from course import make
+from shared.stages.repo import Stage, find, root, stages
+
+STAGES = stages(root(Path(__file__).parent))
+NOWHERE = "http://127.0.0.1:9"  # a port where nobody listens: a download fails at once
+
+
+def environment() -> dict[str, str]:
+    """No network, and no more threads than this worker's share of the cores."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    proxies = {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "localhost,127.0.0.1,::1"}
+    return env | proxies | {name.upper(): value for name, value in proxies.items()}
+
+
+def run(stage: Stage) -> tuple[bool, str]:
+    """Whether the stage's checkpoints pass and at least one ran; the end of pytest's output."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
+    done = subprocess.run(
+        words, cwd=stage.path, env=environment(), capture_output=True, encoding="utf-8", errors="replace", timeout=600
+    )
+    passed = re.search(r"^(\d+) passed|, (\d+) passed", done.stdout, re.M)
+    return done.returncode == 0 and passed is not None, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_checkpoints(stage):
+    sound, tail = run(stage)
+    assert sound, f"{stage.name}:\n{tail}"
+
+
+ONLINE = """\
+import urllib.request
+def test_network():
+    urllib.request.urlopen("https://example.org", timeout=5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "sound", "tail"),
+    [
+        ("def test_a():\n    pass\n", True, "1 passed"),
+        ("def test_a():\n    assert 1 > 2, 'the order of numbers'\n", False, "the order of numbers"),
+        ("import pytest\n@pytest.mark.skip\ndef test_a():\n    pass\n", False, "1 skipped"),
+        ("", False, "no tests ran"),
+        ("import absent\n", False, "No module named 'absent'"),
+        (ONLINE, False, "Connection refused"),
+    ],
+    ids=["passes", "fails", "only skips", "no tests", "does not import", "asks the network"],
+)
+def test_what_counts_as_sound(test, sound, tail, tmp_path):
+    top = make(tmp_path, {"01_first": {"tests/test_a.py": test}})
+    found, told = run(find("1", top))
+    assert found == sound and tail in told, told

@@ -1,0 +1,72 @@
+"""Plants the mistakes listed in a stage's traps.toml, one at a time, and sees whether their checkpoints notice."""
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import isolated
+
+PATIENCE = 120  # seconds until a test counts as hanging
+FIELDS = {"name", "file", "find", "replace", "caught_by", "hint"}
+# What any test would stumble over is a typing error, not a mistake of understanding.
+SLIPS = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError")
+
+
+def traps(stage: Path) -> list[dict[str, str]]:
+    """The stage's traps; none where the file is not there."""
+    file = stage / "traps.toml"
+    return tomllib.loads(file.read_text("utf-8")).get("trap", []) if file.exists() else []
+
+
+def copy(stage: Path, folder: Path) -> Path:
+    """The stage without the leftovers of its runs."""
+    leftovers = shutil.ignore_patterns("out", "__pycache__", ".pytest_cache")
+    return shutil.copytree(stage, folder / stage.name, ignore=leftovers)
+
+
+def plant(stage: Path, trap: dict[str, str]) -> str:
+    """Make the mistake in `stage`; what is wrong with the trap itself, or "" when it is planted."""
+    if set(trap) != FIELDS or not all(str(trap[key]).strip() for key in FIELDS - {"replace"}):
+        return f"a trap has the fields {', '.join(sorted(FIELDS))}, all filled in"
+    file = stage / trap["file"]
+    if not file.is_file():
+        return f"there is no file {trap['file']}"
+    text = file.read_text("utf-8")
+    if text.count(trap["find"]) != 1:
+        return f"`find` occurs {text.count(trap['find'])} times in {trap['file']}, not once"
+    file.write_text(text.replace(trap["find"], trap["replace"]), encoding="utf-8")
+    return ""
+
+
+def run(stage: Path, tests: list[str], scratch: Path) -> tuple[list[dict], str]:
+    """Run some of the stage's tests: the events of shared.stages.report, and the end of pytest's output."""
+    report, output = scratch / "events.jsonl", scratch / "output.txt"
+    report.unlink(missing_ok=True)
+    code = isolated.call(isolated.run_pytest, stage, output, tests, report, timeout=PATIENCE)
+    events = [json.loads(line) for line in report.read_text("utf-8").splitlines()] if report.exists() else []
+    if code is None:
+        events.append({"event": "hangs"})
+    return events, "\n".join(output.read_text("utf-8", errors="replace").splitlines()[-25:])
+
+
+def verdict(stage: Path, trap: dict[str, str], scratch: Path) -> str:
+    """Why the trap's checkpoint does not catch it, or "" when it does, by a failed assertion or an exception."""
+    planted = copy(stage, scratch)
+    if wrong := plant(planted, trap):
+        return wrong
+    events, output = run(planted, [trap["caught_by"], "-x"], scratch)
+    if any(event["event"] == "hangs" for event in events):
+        return f"{trap['caught_by']} never ends"
+    if broken := [event for event in events if event["event"] == "broken"]:
+        return f"the module cannot be imported: {broken[0]['error']}"
+    ends = [event for event in events if event["event"] == "end"]
+    if not ends:
+        return f"{trap['caught_by']} did not run\n{output}"
+    failures = [end["message"] for end in ends if end["outcome"] == "failed"]
+    if not failures:
+        return f"{trap['caught_by']} does not notice it"
+    if re.match("|".join(SLIPS), failures[0]):
+        return f"{trap['caught_by']} fails for a slip, not for the idea: {failures[0]}"
+    return ""
