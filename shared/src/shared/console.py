@@ -7,7 +7,9 @@ Under `torchrun` only rank 0 speaks.
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from time import perf_counter
 
 from rich.console import Console
@@ -32,10 +34,10 @@ def say(text: str = "") -> None:
 
 
 def number(value) -> str:
-    """A number as a person reads it: 1.234, 52,100, 3.0e-04. Anything that is no number: its `str`."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        return str(value)
-    if isinstance(value, int):
+    """A number as a person reads it: 1.234, 52,100, 3.0e-04; None as "-"; anything else as its `str`."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return "-" if value is None else str(value)
+    if isinstance(value, Integral):
         return f"{value:,}"
     value = float(value)
     if value == 0 or 0.01 <= abs(value) < 1000:
@@ -51,16 +53,17 @@ def clock(seconds: float) -> str:
 
 
 def table(title: str, rows: list[dict]) -> None:
-    """Print `rows` (same keys, in the order of the columns) as a table: numbers formatted and to the right.
+    """Print `rows`, a column for each key in order of first appearance; numbers are formatted and set to the right.
 
     A cell may also be a rich renderable. Away from a terminal the table is as wide as it needs to be.
     """
     out = Table(title=Text(title), title_justify="left")
-    for key in rows[0] if rows else ():
-        numeric = all(hasattr(row.get(key, 0.0), "__float__") for row in rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for key in columns:
+        numeric = all(hasattr(row[key], "__float__") for row in rows if row.get(key) is not None)
         out.add_column(Text(str(key)), justify="right" if numeric else "left")
     for row in rows:
-        cells = [row.get(key, "") for key in rows[0]]
+        cells = [row.get(key) for key in columns]
         out.add_row(*(cell if hasattr(cell, "__rich_console__") else Text(number(cell)) for cell in cells))
     if console.is_terminal:
         console.print(out)
@@ -71,7 +74,7 @@ def table(title: str, rows: list[dict]) -> None:
 class Progress:
     """The state behind one progress line. Made by `progress()`."""
 
-    def __init__(self, total: int, title: str, live: Live | None):
+    def __init__(self, total: int, title: str, live: Live | None = None):
         self.total, self.title, self.live = total, title, live
         self.step, self.fields = 0, {}
         self.begin = perf_counter()
@@ -115,9 +118,11 @@ class Progress:
         return parts
 
     def line(self, now: float) -> str:
+        """The plain line."""
         return "  ".join([self.title, *self.parts(now)])
 
     def draw(self, now: float) -> Table:
+        """The line with its bar, cut to the width of the terminal."""
         grid = Table.grid(padding=(0, 1))
         grid.add_column(no_wrap=True)
         grid.add_column(width=20)
@@ -128,14 +133,15 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, title: str):
+def progress(total: int, title: str) -> Iterator[Progress]:
     """Show the progress of `total` steps; yields a `Progress` whose `update()` costs next to nothing between redraws.
 
     The last state stays on the screen. Printing through `console`, `say` or `print` meanwhile is fine, and after
     Ctrl-C or an error the cursor is back.
     """
-    if not console.is_terminal:
-        bar = Progress(total, title, None)
+    # FORCE_COLOR makes rich call a pipe a terminal; a pipe still must not be redrawn.
+    if not (sys.stdout.isatty() and console.is_interactive) or console.quiet:
+        bar = Progress(total, title)
         try:
             yield bar
         finally:
