@@ -1,0 +1,291 @@
+"""`shared.corpus`: the right bytes or one clear line; never half a file. All offline, against a server of our own."""
+
+import hashlib
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+
+from shared import corpus
+from shared.errors import BadInput
+
+TEXT = ("To be, or not to be: that is the question\r\n" * 4000).encode()  # 172 kB: several reads; newlines that matter
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `body` to everyone after `head` says how long it is; counts the requests."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.body, self.length, self.status, self.stall, self.requests = TEXT, None, 200, None, 0
+
+    def handle_error(self, request, client_address):
+        pass  # the client hangs up early in some tests; it is the client that is tested
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/input.txt"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.requests += 1
+        self.send_response(server.status)
+        self.send_header("Content-Length", str(len(server.body) if server.length is None else server.length))
+        self.end_headers()
+        self.wfile.write(server.body)
+        self.wfile.flush()
+        if server.stall:
+            server.stall.wait(20)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    if server.stall:
+        server.stall.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, server):
+    """An empty cache, no $STAGES_DATA, and `shakespeare` published by our server as TEXT. Returns the cached file."""
+    monkeypatch.delenv("STAGES_DATA", raising=False)
+    for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    source = replace(
+        corpus.SOURCES["shakespeare"], url=server.url, size=len(TEXT), sha256=hashlib.sha256(TEXT).hexdigest()
+    )
+    monkeypatch.setitem(corpus.SOURCES, "shakespeare", source)
+    return tmp_path / "cache" / "stages" / "tinyshakespeare.txt"
+
+
+def files(folder):
+    """Every file below `folder`, by name: nothing half written may be among them."""
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def refused(name, *words):
+    """The message of the BadInput that `load(name)` raises; it is one line and holds `words`."""
+    with pytest.raises(BadInput) as error:
+        corpus.load(name)
+    message = str(error.value)
+    assert "\n" not in message and ": " in message, f"not one line 'cause: remedy': {message!r}"
+    for word in words:
+        assert word in message, f"{message!r} does not say {word!r}"
+    return message
+
+
+def test_a_download_is_kept_byte_for_byte_and_used_again(cache, server):
+    text = corpus.load("shakespeare").text
+    assert text.encode() == TEXT, "newlines were translated: byte counts and bits per byte no longer hold"
+    assert cache.read_bytes() == TEXT and files(cache.parent.parent) == ["tinyshakespeare.txt"]
+    assert corpus.load("shakespeare") == corpus.Corpus("shakespeare", text)
+    assert server.requests == 1, "the second load downloaded the text again"
+
+
+def test_stages_data_comes_before_the_cache_and_the_network(cache, server, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tinyshakespeare.txt").write_bytes(TEXT)
+    monkeypatch.setenv("STAGES_DATA", str(tmp_path / "data"))
+    assert corpus.load().text.encode() == TEXT
+    assert server.requests == 0 and not cache.exists()
+    (tmp_path / "data" / "tinyshakespeare.txt").unlink()
+    assert corpus.load().text.encode() == TEXT
+    assert server.requests == 1 and cache.exists(), "a $STAGES_DATA without the file must not end the search"
+
+
+def test_the_published_texts_are_pinned():
+    sources = {name: (source.size, source.sha256[:8]) for name, source in corpus.SOURCES.items()}
+    assert sources == {"shakespeare": (1_115_394, "86c4e6aa"), "names": (228_145, "0a30b555")}
+    assert all(source.url.startswith("https://") for source in corpus.SOURCES.values())
+
+
+def test_wrong_checksum_of_a_download(cache, server):
+    server.body = TEXT.replace(b"question", b"quaestio")
+    refused("shakespeare", "wrong checksum", server.url, "STAGES_DATA")
+    assert files(cache.parent.parent) == []
+
+
+def test_a_download_that_is_too_long_is_cut_off(cache, server):
+    server.body = TEXT * 200
+    refused("shakespeare", "wrong checksum")
+    assert files(cache.parent.parent) == []
+
+
+def test_truncated_download(cache, server):
+    server.body, server.length = TEXT[:100_000], len(TEXT)
+    refused("shakespeare", "100,000 of 172,000 bytes")
+    assert files(cache.parent.parent) == []
+
+
+def test_a_stalled_download_is_given_up(cache, server, monkeypatch):
+    monkeypatch.setattr(corpus, "TIMEOUT", 0.2)
+    server.body, server.length, server.stall = TEXT[:1000], len(TEXT), threading.Event()
+    refused("shakespeare", "timed out")
+    assert files(cache.parent.parent) == []
+
+
+def test_network_refused_and_page_not_found(cache, server, monkeypatch):
+    server.status = 404
+    refused("shakespeare", "Not Found", "try again")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt"  # nobody listens there once it is closed
+    monkeypatch.setitem(corpus.SOURCES, "shakespeare", replace(corpus.SOURCES["shakespeare"], url=url))
+    refused("shakespeare", "refused", "try again")
+    assert files(cache.parent.parent) == []
+
+
+def test_without_a_name_the_fallback_is_python_docs_and_one_line_says_so(cache, server, capsys, monkeypatch):
+    monkeypatch.setattr(corpus, "DOCS_CHARACTERS", 10_000)
+    server.status = 503
+    fallback = corpus.load()
+    assert fallback == corpus.load("python-docs")
+    out, _ = capsys.readouterr()
+    assert out.count("\n") == 1 and "python-docs instead of shakespeare" in out and server.url in out
+
+
+def test_a_damaged_cached_file_is_replaced(cache, server, capsys):
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(TEXT[:-1])
+    assert corpus.load("shakespeare").text.encode() == TEXT
+    assert cache.read_bytes() == TEXT and "damaged" in capsys.readouterr().out
+    cache.write_bytes(TEXT[:-1])
+    server.status = 500
+    refused("shakespeare", "cannot download")
+
+
+def test_a_damaged_file_in_stages_data_is_the_users_to_remove(cache, server, tmp_path, monkeypatch):
+    (tmp_path / "tinyshakespeare.txt").write_bytes(TEXT[:-1])
+    monkeypatch.setenv("STAGES_DATA", str(tmp_path))
+    refused("shakespeare", "wrong checksum", str(tmp_path / "tinyshakespeare.txt"), "remove it")
+    assert (tmp_path / "tinyshakespeare.txt").read_bytes() == TEXT[:-1] and server.requests == 0
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line_not_the_run(cache, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be", encoding="utf-8")
+    assert corpus.load("shakespeare").text.encode() == TEXT
+    assert "not kept" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_half_file(cache, monkeypatch, capsys):
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert corpus.load("shakespeare").text.encode() == TEXT
+    assert files(cache.parent.parent) == [] and "No space left on device" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_mid_download_leaves_nothing(cache, server, monkeypatch):
+    """Two blocks have arrived when the interrupt does."""
+    read = http.client.HTTPResponse.read
+    received = []
+
+    def interrupted(self, amount=None):
+        if sum(received) >= 2 * 2**15:
+            raise KeyboardInterrupt
+        data = read(self, amount)
+        received.append(len(data))
+        return data
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.load()  # by default too: an interrupt is no reason to fall back
+    assert sum(received) >= 2 * 2**15 and files(cache.parent.parent) == []
+
+
+def test_ctrl_c_while_the_text_is_kept_leaves_nothing(cache, monkeypatch):
+    def interrupted(half, file):
+        assert half.read_bytes() == TEXT, "renamed before it was whole"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.load("shakespeare")
+    assert files(cache.parent.parent) == []
+
+
+def test_unknown_names_and_files_that_cannot_be_used(tmp_path, monkeypatch):
+    refused("shakespear", "shakespeare", "names", "python-docs", "UTF-8")
+    refused(str(tmp_path / "missing.txt"), "missing.txt")
+    refused(str(tmp_path), "is a folder")
+    for content, words in [
+        (b"", "holds no text"),
+        (b" \n\n", "holds no text"),
+        ("Ich heiße".encode("latin-1"), "not UTF-8 text (byte 7)"),
+        ("text".encode("utf-16"), "not UTF-8 text (byte 0)"),
+    ]:
+        (tmp_path / "text.txt").write_bytes(content)
+        refused(str(tmp_path / "text.txt"), words, "text.txt")
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    path = tmp_path / "secret.txt"
+    path.write_text("text", encoding="utf-8")
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root reads everything, and Windows knows no such mode: refuse in their place
+
+        def read_bytes(self):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("pathlib.Path.read_bytes", read_bytes)
+    refused(str(path), "cannot read", "secret.txt", "ermission")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "eigen.txt"
+    path.write_bytes("Grüße,\r\nWelt\n".encode())
+    assert corpus.load(str(path)) == corpus.Corpus(str(path), "Grüße,\r\nWelt\n")
+
+
+def test_python_docs_is_large_plain_and_the_same_whatever_was_imported():
+    text = corpus.load("python-docs").text
+    assert len(text) == corpus.DOCS_CHARACTERS
+    assert set(text) <= {"\n", *map(chr, range(32, 127))}, "a character outside printable ASCII"
+    from pydoc_data.topics import topics
+
+    held = [name for name, topic in topics.items() if corpus.ascii_text(topic) in text]
+    assert len(held) > len(topics) / 3, "pydoc's topics are missing"
+    assert "BadInput" not in text, "only the standard library belongs here"
+    code = (
+        "import hashlib, json, xml.dom.minidom, asyncio; json.__doc__ = 'changed'; from shared import corpus;"
+        "print(hashlib.sha256(corpus.python_docs().encode()).hexdigest())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    ).stdout.strip()
+    assert found == hashlib.sha256(text.encode()).hexdigest(), "the text depends on import state or hash order"
+
+
+def test_ascii_text_and_docstrings_by_hand(tmp_path):
+    assert corpus.ascii_text("“Café” – it’s\t• x  \nnaïve → end\n\n") == '"Cafe" - it\'s   * x\nnaive  end\n\n'
+    assert corpus.ascii_text("→\n") == ""
+    module = tmp_path / "module.py"
+    module.write_text(
+        '"""Module."""\n\ndef f():\n    """F.\n\n      indented\n    back\n    """\n\nclass C:\n    """C."""\n\n'
+        '    async def m(self):\n        """M."""\n\ndef g():\n    "no doc" + "string"\n',
+        encoding="utf-8",
+    )
+    assert corpus.docstrings(module) == "Module.\n\nF.\n\n  indented\nback\n\nC.\n\nM."
