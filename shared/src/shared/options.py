@@ -89,7 +89,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None, preset
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a named set of defaults; explicit flags win")
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--preset")
+        first.add_argument("--preset", nargs="?")  # without a value: `parser` says so
         preset = presets.get(first.parse_known_args(argv)[0].preset, {})
         unknown = preset.keys() - {action.dest for action in parser._actions}
         if unknown:
