@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from rich.text import Text
 
 from shared import corpus
-from shared.console import console, say
+from shared.console import console
 from shared.errors import BadInput
 from shared.stages import repo
 
@@ -161,9 +162,9 @@ def command(args: argparse.Namespace) -> int:
         for name, check in CHECKS.items():
             status.update(f"looking at {name}")  # the first `import torch` takes seconds
             found = examine(name, check)
-            mark = "[green]ok     [/green]" if found.ok else "[red]missing[/red]"
-            console.print(f"{mark}  {name:<18}", end="")
-            say(found.detail if found.ok else f"{found.detail}: {found.remedy}")
+            mark = ("ok     ", "green") if found.ok else ("missing", "red")
+            told = found.detail if found.ok else f"{found.detail}: {found.remedy}"
+            console.print(Text.assemble(mark, f"  {name:<18}{told}"), soft_wrap=True)
             if found.required and not found.ok:
                 code = 1
     return code
