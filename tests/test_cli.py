@@ -58,7 +58,7 @@ def test_overview_shows_progress_and_the_best_comparable_loss(course):
     _, out, _ = stages(course / "02_second")
     row = next(line for line in out.splitlines() if line.startswith("01_first"))
     assert "2/2 + 1 skipped" in row and row.endswith("1.587"), row
-    assert out.splitlines()[-1].startswith("next: read 02_second/README.md, see what changed: uv run stages diff 02, then")
+    assert out.splitlines()[-1].startswith("next: read 02_second/README.md, see what changed: uv run stages diff 02,")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def test_each_check_is_one_line_and_a_sound_machine_exits_with_0(course):
     assert list(found) == list(doctor.CHECKS) and (code, err) == (0, "")
     assert found["Python"].startswith(f"ok {sys.version_info.major}.{sys.version_info.minor}.")
     assert found["torch"] == f"ok {torch.__version__}"
-    assert found["backward"] == "ok loss 4, gradient [-4.0, -8.0, -12.0] on " + ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert found["backward"] == f"ok loss 4, gradient [-4.0, -8.0, -12.0] on {device}"
     assert found["text: names"] == "ok downloaded when first used (0.2 MB)"
 
 

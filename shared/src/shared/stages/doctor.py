@@ -95,7 +95,8 @@ def bfloat16() -> Finding:
 
 def disk() -> Finding:
     free = shutil.disk_usage(repo.root()).free
-    return Finding(free >= FREE, f"{free / 1e9:.0f} GB free", f"make room: {FREE / 1e9:.0f} GB are enough", required=True)
+    remedy = f"make room: {FREE / 1e9:.0f} GB are enough"
+    return Finding(free >= FREE, f"{free / 1e9:.0f} GB free", remedy, required=True)
 
 
 def dot() -> Finding:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from shared.console import console
 from shared.stages.results import Progress
 
+MARKS = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "skipped": "[yellow]–[/yellow]"}
 MESSAGE_LINES = 6  # of a failure: enough for the idea, too few for a dump of two tensors
 
 
@@ -50,8 +51,7 @@ class View:
             self.draw(f"\n[bold]{escape(file)}[/bold]")
         count = sum(end["outcome"] == "passed" for end in ends)
         folded = f" [dim]({count}/{len(ends)})[/dim]" if len(ends) > 1 else ""
-        mark = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "skipped": "[yellow]–[/yellow]"}[worst(ends)]
-        self.draw(f"  {mark} {escape(self.claims[id])}{folded}")
+        self.draw(f"  {MARKS[worst(ends)]} {escape(self.claims[id])}{folded}")
         if worst(ends) != "passed":
             end = next(end for end in ends if end["outcome"] == worst(ends))
             style = "red" if end["outcome"] == "failed" else "dim"
