@@ -65,10 +65,7 @@ def table(title: str, rows: list[dict]) -> None:
     for row in rows:
         cells = [row.get(key) for key in columns]
         out.add_row(*(cell if hasattr(cell, "__rich_console__") else Text(number(cell)) for cell in cells))
-    if console.is_terminal:
-        console.print(out)
-    else:
-        console.print(out, width=max(console.width, console.measure(out).maximum))
+    (console if console.is_terminal else Console(width=10_000, quiet=console.quiet)).print(out)
 
 
 class Progress:

@@ -7,6 +7,7 @@ Under `torchrun` only rank 0 writes.
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import time
@@ -43,11 +44,12 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "config.json", dumps(self.config, indent=2) + "\n")
             (self.folder / "metrics.jsonl").open("a" if resume else "w", encoding="utf-8").close()
+            self.rewind(math.inf)  # half a line, left by a crash, would spoil the next one
         except OSError as error:
             raise BadInput(f"cannot write to {self.folder} ({error.strerror}): choose another name or STAGES_OUT")
 
     def metrics(self, step: int, **numbers) -> None:
-        """Add one line: {"step": step, "seconds": since the start of this process' run, **numbers}."""
+        """Add one line: {"step": step, "seconds": since this RunLog was made unless given, **numbers}."""
         if self.writes:
             seconds = round(time.perf_counter() - self.begin, 3)
             line = dumps({"step": step, "seconds": seconds, **numbers}) + "\n"
@@ -92,7 +94,7 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """The lines of a run's `metrics.jsonl`; one that a crash cut short is left out."""
     rows = []
     for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
         try:
@@ -103,12 +105,12 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def dumps(value, **how) -> str:
-    """JSON; dataclasses become objects, numpy and torch scalars numbers, the rest (paths) strings."""
+    """JSON; dataclasses become objects, numpy's and torch's numbers plain ones, the rest (paths) strings."""
 
     def plain(thing):
         if dataclasses.is_dataclass(thing):
             return dataclasses.asdict(thing)
-        return thing.item() if hasattr(thing, "item") else str(thing)
+        return thing.tolist() if hasattr(thing, "tolist") else str(thing)
 
     return json.dumps(value, default=plain, ensure_ascii=False, **how)
 

@@ -1,0 +1,163 @@
+"""`shared.console`: a live line on a terminal, few plain lines elsewhere, and next to no cost."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shared import console
+from shared.console import Progress, clock, number, progress, say, table
+
+
+def test_numbers_as_a_person_reads_them():
+    shown = {1.23456: "1.235", 0.05: "0.050", 3e-4: "3.0e-04", 52100.7: "52,101", -2.5: "-2.500", 0.0: "0.000"}
+    assert {value: number(value) for value in shown} == shown
+    assert [number(v) for v in (1115394, True, None, "a", float("nan"))] == ["1,115,394", "True", "-", "a", "nan"]
+    assert number(float("inf")) == "inf"
+    assert [clock(s) for s in (0, 7.9, 754, 3723)] == ["0:00", "0:07", "12:34", "1:02:03"]
+
+
+def test_say_prints_text_as_it_is(capsys):
+    line = "[aside] To be :smile: [/b] " + "x" * 200
+    say(line)
+    assert capsys.readouterr().out == line + "\n", "markup, emoji or wrapping changed a sample of text"
+
+
+def test_a_table_keeps_every_cell(capsys):
+    wide = "w" * 150
+    table("Runs [x]", [{"run": "a", "loss": 1.5, "steps": 1000}, {"run": "[red]", "loss": None, "note": wide}])
+    out = capsys.readouterr().out
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["a", "1.500", "1,000", "-"],
+        ["[red]", "-", "-", wide],
+    ]
+    assert rows[0][2].endswith("1,000 ") and out.splitlines()[0].strip() == "Runs [x]"
+    table("Nothing", [])
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(console, "perf_counter", lambda: self.now)
+
+
+def lines(capsys):
+    return capsys.readouterr().out.splitlines()
+
+
+def test_plain_lines_come_each_ten_seconds_or_ten_percent_whichever_is_rarer(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with progress(1000, "train") as bar:
+        for step in range(1, 501):  # fast: 50 steps a second, 10 % in 2 s
+            clock.now += 0.02
+            bar.update(step, loss=2.0, tokens=step * 100)
+        assert len(lines(capsys)) <= 1, "10 % have passed five times, but only 10 s"
+        for step in range(501, 551):  # slow: 10 s a step
+            clock.now += 10
+            bar.update(step, loss=1.5)
+        assert len(lines(capsys)) == 1, "10 s have passed fifty times, but 10 % only once"
+        clock.now += 1
+        bar.update(1000, loss=1.25, text="two\nlines")
+        capsys.readouterr()
+    (last,) = lines(capsys)
+    assert re.fullmatch(r"train  1,000/1,000  loss 1\.250  \d+ tokens/s  8:3[01]  two lines", last), last
+
+
+def test_rate_and_time_left_count_from_the_first_update(monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = Progress(1000, "train")
+    clock.now += 60  # loading the data is no training
+    bar.update(500, tokens=5_000_000)  # a resumed run
+    clock.now += 10
+    bar.update(600, tokens=6_000_000, lr=3e-4)
+    assert bar.line(clock.now) == "train  600/1,000  lr 3.0e-04  100,000 tokens/s  1:10  0:40 left"
+
+
+def test_before_the_first_update_and_past_the_end_there_is_a_line_too(capsys):
+    with progress(0, "nothing"):
+        pass
+    with progress(10, "over") as bar:
+        bar.update(12)
+    assert [line.split("  ")[:2] for line in lines(capsys)] == [["nothing", "0/0"], ["over", "12/10"]]
+
+
+def test_an_error_passes_through_after_the_last_line(capsys):
+    with pytest.raises(KeyboardInterrupt):
+        with progress(10, "train") as bar:
+            bar.update(3)
+            raise KeyboardInterrupt
+    assert lines(capsys)[0].startswith("train  3/10")
+
+
+def test_an_update_that_draws_nothing_costs_less_than_20_microseconds():
+    bar = Progress(10**9, "train")
+    best = float("inf")
+    for _ in range(5):  # the best of five: other processes may hold the core
+        start = time.perf_counter()
+        for step in range(2000):
+            bar.update(step, loss=1.5, tokens=step)
+        best = min(best, (time.perf_counter() - start) / 2000)
+    assert best < 20e-6, f"{best * 1e6:.1f} microseconds for each training step"
+
+
+LIVE = """
+import time
+from shared.console import progress, say
+with progress(400, "train") as bar:
+    for step in range(1, 401):
+        time.sleep(0.002)
+        bar.update(step, loss=1 + 1 / step, tokens=step * 100)
+        if step == 200:
+            print("printed meanwhile"); say("[said] meanwhile")
+with progress(10, "broken") as bar:
+    bar.update(3)
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_on_a_terminal_the_line_is_redrawn_seldom_and_leaves_it_sane():
+    import pty
+
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "STAGES_TRACEBACK": "1"}
+    program = subprocess.Popen([sys.executable, "-c", LIVE], stdout=theirs, stderr=subprocess.DEVNULL, env=environment)
+    begin = time.perf_counter()
+    os.close(theirs)
+    out = b""
+    while True:
+        try:
+            block = os.read(ours, 65536)
+        except OSError:  # Linux' way to say that the other end is closed
+            break
+        if not block:
+            break
+        out += block
+    program.wait()
+    seconds = time.perf_counter() - begin
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode())
+    frames = re.findall(r"train \S+ [\d,]+/400", text)
+    assert 3 <= len(set(frames)), f"not live: {frames}"
+    assert len(frames) <= 10 * seconds + 6, f"{len(frames)} redraws in {seconds:.1f} s"
+    assert "400/400  loss 1.002" in text and "printed meanwhile" in text and "[said] meanwhile" in text
+    assert text.index("printed meanwhile") < text.index("400/400")
+    assert "broken" in text and "3/10" in text
+    assert out.rindex(b"\x1b[?25h") > out.rindex(b"\x1b[?25l"), "the cursor stays hidden after Ctrl-C"
+
+
+def test_in_a_pipe_and_in_other_ranks_nothing_is_redrawn():
+    code = "from shared.console import progress\nwith progress(5, 'train') as bar:\n    bar.update(5)\n"
+    environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
+    outputs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment | more).stdout
+        for more in ({"RANK": "0"}, {"RANK": "1"})
+    ]
+    assert outputs[0].split(b"  ")[:2] == [b"train", b"5/5"] and outputs[0].count(b"\n") == 1, outputs[0]
+    assert outputs[1] == b"", "under torchrun every rank speaks"
