@@ -44,14 +44,20 @@ def split(text: str) -> tuple[str, str]:
 
 
 def shuffle_lines(text: str, seed: int) -> str:
-    """The lines of a word list in random order: lists come sorted, and a split by position would then be unfair."""
-    lines = text.split()
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))
-    return "\n".join(lines[i] for i in order.tolist()) + "\n"
+    """A word list in random order, since a split by position would be unfair to a sorted one.
+
+    A line break before each word and one after the last: every word begins and ends with the same boundary token.
+    """
+    words = text.split()
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed))
+    return "\n".join(["", *(words[i] for i in order.tolist()), ""])
 
 
 def forget(x, boundary: int):
-    """Contexts x [N, T] with everything before the last boundary token replaced by it, as if the text began there."""
+    """Contexts x [N, T] with everything before the last boundary token replaced by it, as if the text began there.
+
+    So no context reaches into the word before. With boundary 0: [3, 4, 0, 5] -> [0, 0, 0, 5].
+    """
     past = (x == boundary).flip(1).cumsum(1).flip(1) > 0  # counted from the right: a boundary here or later
     return x.masked_fill(past, boundary)
 

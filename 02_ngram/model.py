@@ -24,8 +24,8 @@ class ModelConfig:
         if self.vocab_size ** (self.block_size + 1) >= 2**63:
             raise BadInput(f"{self.vocab_size} characters to the power of {self.block_size + 1} do not fit into 64 bits: "
                            "choose a smaller block_size")
-        if self.add_k < 0:
-            raise BadInput(f"add_k is {self.add_k}: a count cannot be negative")
+        if not self.add_k > 0:
+            raise BadInput(f"add_k is {self.add_k}: it must be above 0, or one unseen n-gram makes a text impossible")
 
 
 def pack(tokens, base: int):
@@ -53,7 +53,8 @@ class NGram:
 
     def grams(self, x, y):
         """Context and next token as one integer each: x [N, T >= block_size], y [N] -> [N]."""
-        x = x[:, x.shape[1] - self.config.block_size:]
+        assert x.shape[1] >= self.config.block_size, "the contexts are shorter than the model looks back"
+        x = x[:, x.shape[1] - self.config.block_size:]  # the newest tokens; [-block_size:] would be wrong for 0
         return pack(torch.cat([x, y[:, None]], dim=1), self.config.vocab_size)
 
     def fit(self, x, y):

@@ -36,7 +36,7 @@ def main(argv=None):
     parser.add_argument("--prompt", default="", help="text to continue (default: none)")
     parser.add_argument("--length", type=int, default=500, help="characters to write (default: 500)")
     parser.add_argument("--seed", type=int, default=1337)
-    options.add(parser, ModelConfig)
+    options.add(parser, ModelConfig, skip=("add_k",))
     args = parser.parse_args(argv)
     if args.length < 1:
         raise BadInput(f"--length {args.length}: write at least 1 character")

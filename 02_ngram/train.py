@@ -24,13 +24,16 @@ class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
     steps: int = 2000  # steps of gradient descent for the neural bigram
-    batch_size: int = 4096  # examples per step
-    lr: float = 10.0  # learning rate: the table has one score per pair of characters, so large steps are safe
+    batch_size: int = 2048  # examples per step
+    lr: float = 200.0  # learning rate: each example moves one row of the table only, so large steps are safe
     seed: int = 1337
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise BadInput("steps and batch_size must be at least 1, lr above 0")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.lr <= 0:
+            raise BadInput(f"lr is {self.lr}: it must be above 0")
 
 
 def nll(model, x, y):
@@ -64,20 +67,34 @@ def train(model, x, y, config: TrainConfig):
         yield step + 1, loss.item()
 
 
-def count(name: str, model, x, y, val_x, val_y) -> dict:
-    """Fit a counting model and score it: one row of the results."""
-    start = time.perf_counter()
-    model.fit(x, y)
-    seconds = time.perf_counter() - start
-    return row(name, model, evaluate(model, x, y), evaluate(model, val_x, val_y), len(y), seconds)
+def perplexity(loss: float) -> float:
+    """e to the loss in nats: the number of equally likely tokens that would be as hard to guess."""
+    return math.exp(loss)
 
 
-def row(name: str, model, train_loss: float, val_loss: float, tokens: int, seconds: float) -> dict:
-    """Perplexity is e to the loss: the number of equally likely characters that would be as hard to guess."""
+def result(name: str, model, x, y, tokens: int, seconds: float) -> dict:
+    """What a model reached on the examples x, y and what it took."""
     return {
         "name": name, "params": model.n_params(), "tokens": tokens, "seconds": round(seconds, 3),
-        "train_loss": train_loss, "val_loss": val_loss, "perplexity": math.exp(val_loss),
+        "val_loss": evaluate(model, x, y),
     }
+
+
+def count(name: str, model, x, y, val_x, val_y) -> dict:
+    """Fit a counting model to the examples x, y and score it on others."""
+    start = time.perf_counter()
+    model.fit(x, y)
+    return result(name, model, val_x, val_y, len(y), time.perf_counter() - start)
+
+
+def distance(a, b, x) -> float:
+    """How far two bigrams are apart: the total variation between their answers, averaged over the contexts x [N, T].
+
+    0 when they always agree, 1 when what one expects the other rules out. A context that is frequent weighs more.
+    """
+    x, times = x[:, -1:].unique(dim=0, return_counts=True)
+    variation = (a.probs(x) - b.probs(x)).abs().sum(1) / 2
+    return ((variation * times).sum() / times.sum()).item()
 
 
 def main(argv=None):
@@ -85,7 +102,8 @@ def main(argv=None):
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--words", action="store_true", help="a word list: no context reaches past a line break")
     parser.add_argument("--max-order", type=int, default=8, help="longest n-gram to count (default: 8)")
-    parser.add_argument("--name", default="default", help="the run's folder under out/")
+    parser.add_argument("--name", default="default", help="the run's folder under out/ (default: default)")
+    options.add(parser, ModelConfig, skip=("block_size",))
     options.add(parser, TrainConfig)
     args = parser.parse_args(argv)
     if args.max_order < 2:
@@ -94,6 +112,10 @@ def main(argv=None):
     setup("cpu", config.seed)
 
     data = load_data(args.corpus, args.words, config.seed)
+    shapes = [
+        options.build(ModelConfig, args, vocab_size=len(data.vocab), block_size=order - 1)
+        for order in range(1, args.max_order + 1)
+    ]
     # One set of examples for every model, so that all are scored on the same characters.
     x, y = windows(data.train, args.max_order - 1)
     val_x, val_y = windows(data.val, args.max_order - 1)
@@ -101,31 +123,43 @@ def main(argv=None):
         x, val_x = forget(x, data.vocab.index["\n"]), forget(val_x, data.vocab.index["\n"])
     log = RunLog(__file__, args.name, {**vars(args), "corpus": data.name})
 
-    rows = []
-    for order in range(1, args.max_order + 1):
-        shape = ModelConfig(vocab_size=len(data.vocab), block_size=order - 1)
-        rows.append(count(f"{order}-gram, add-k", NGram(shape), x, y, val_x, val_y))
-        rows.append(count(f"{order}-gram, Kneser-Ney", KneserNey(shape), x, y, val_x, val_y))
+    results, rows = [], []
+    for order, shape in enumerate(shapes, 1):
+        name = {1: "unigram", 2: "bigram", 3: "trigram"}.get(order, f"{order}-gram")
+        for kind, model in (("add-k", NGram(shape)), ("Kneser-Ney", KneserNey(shape))):
+            results.append(count(f"{name}, {kind}", model, x, y, val_x, val_y))
+        add_k, kneser_ney = (r["val_loss"] for r in results[-2:])
+        rows.append({
+            "order": order, "add-k": add_k, "neural": None, "Kneser-Ney": kneser_ney,
+            "perplexity": perplexity(kneser_ney), "bits/char": kneser_ney / math.log(2),
+            "seconds": results[-1]["seconds"],
+        })
 
-    bigram = NeuralBigram(ModelConfig(vocab_size=len(data.vocab), block_size=1))
+    bigram = NeuralBigram(shapes[1])
     start = time.perf_counter()
     with progress(config.steps, "neural bigram") as bar:
         for step, loss in train(bigram, x, y, config):
+            if not math.isfinite(loss):
+                raise BadInput(f"the loss is {loss} at step {step}: lower --lr, which is {config.lr:g}")
             bar.update(step, loss=loss, tokens=step * config.batch_size)
             if step % 50 == 0 or step == 1:
                 log.metrics(step=step, train_loss=loss)
     seconds = time.perf_counter() - start
-    tokens = config.steps * config.batch_size
-    rows.append(row("neural bigram", bigram, evaluate(bigram, x, y), evaluate(bigram, val_x, val_y), tokens, seconds))
+    results.append(result("neural bigram", bigram, val_x, val_y, config.steps * config.batch_size, seconds))
+    rows[1]["neural"] = results[-1]["val_loss"]
 
-    for r in rows:
+    for r in results:
         r["val_bpb"] = data.bits_per_byte(r["val_loss"])
-    best = min(rows, key=lambda r: r["val_loss"])
-    table(f"{data.name}: nats per character", rows)
+    table(f"{data.name}: validation nats/char; on the right, Kneser-Ney in detail", rows)
+    gap = distance(NGram(shapes[1]).fit(x, y), bigram, val_x)
+    say(f"counted against neural bigram: total variation {gap:.3f} (0: alike, 1: disjoint)")
+    best = min(results, key=lambda r: r["val_loss"])
     say(f"best: {best['name']}, {best['val_loss']:.4f} nats per character on the validation text")
+    ladder = ("bigram, Kneser-Ney", "trigram, Kneser-Ney", "5-gram, Kneser-Ney", "7-gram, Kneser-Ney", "neural bigram")
     log.finish(
-        corpus=data.name, seed=config.seed, steps=config.steps, rungs=rows,
+        corpus=data.name, seed=config.seed, steps=config.steps,
         **{key: best[key] for key in ("params", "tokens", "seconds", "val_loss", "val_bpb")},
+        rungs=[r for r in results if r["name"] in ladder], distance=gap,
     )
 
 
