@@ -143,6 +143,28 @@ def test_a_stage_without_tests_and_a_broken_conftest_are_told(course):
     assert not (course / ".stages").exists(), "nothing ran, nothing is recorded"
 
 
+SKIPS = """\
+import pytest
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_devices(device):
+    \"\"\"Runs everywhere.\"\"\"
+    if device == "cuda":
+        pytest.skip("no CUDA here")
+
+def test_cuda():
+    \"\"\"Runs on a GPU.\"\"\"
+    pytest.skip("no CUDA here")
+"""
+
+
+def test_what_this_machine_cannot_test_does_not_fail_the_stage(course):
+    write(course / "02_second", {"tests/test_other.py": SKIPS})
+    code, out, _ = stages(course, "check", "2")
+    assert code == 0 and "✓ Runs everywhere. (1/2)" in out and "– Runs on a GPU." in out
+    assert "02_second: 1 of 2 checkpoints passed, 1 skipped" in out
+
+
 WAITS = """\
 import time
 from pathlib import Path

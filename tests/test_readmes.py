@@ -43,7 +43,7 @@ README = """\
 Learns a thing.
 
 ## The idea
-An image ![of it](figure.png), [a link](../01_first/model.py), [another](https://example.org/x), [one](#run-it).
+An image ![of it](figure.png), [a link](../01_first/model.py), [another](https://example.org/x), [one](#run-it). $h[i](t)$, `a[0](b)`.
 ## What changed since 01
 ## Run it
 ```sh
@@ -123,6 +123,7 @@ def test_a_wrong_promise_is_noticed(old, new, problem, tmp_path):
         ("## Traps\n", ""),
         ("## Traps\n## Exercises\n", "## Exercises\n## Traps\n"),
         ("since 01", "since 02"),
+        ("since 01", "since then"),
         ("## Measured", "## Results"),
         ("Learns a thing.\n", ""),
         ("# 02", "## 02"),
@@ -131,5 +132,6 @@ def test_a_wrong_promise_is_noticed(old, new, problem, tmp_path):
 def test_a_missing_or_misplaced_section_is_noticed(old, new):
     assert not missing_sections(README, 2)
     assert missing_sections(README.replace(old, new, 1), 2)
+    assert not missing_sections(README.replace("since 01", "since 01_first"), 2)
     first = README.replace("## What changed since 01\n", "")
     assert not missing_sections(first, 1) and missing_sections(first, 2)
