@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from shared.errors import BadInput
 from shared.stages import diff, html
-from shared.stages.definitions import Change, compare_stages
+from shared.stages.definitions import Change, compare_stages, fold
 from shared.stages.repo import find, root, stages
 
 LONG = "x" * 150
@@ -126,7 +126,13 @@ def test_table_of_definitions(course, capsys, words):
 def test_the_other_way_round_swaps_new_and_removed(course, capsys):
     run("2", "1", "--stat")
     found = {(row[1], row[2]) for row in table_rows(capsys.readouterr().out)}
-    assert {("Old", "new"), ("Old.f", "new"), ("(whole file)", "removed"), ("Kept.f", "changed")} <= found
+    assert {("Old", "new"), ("a", "new"), ("(whole file)", "removed"), ("Kept.f", "changed")} <= found
+    assert ("Old.f", "new") not in found, "a new class is one row"
+    run("2", "1")
+    out = capsys.readouterr().out
+    assert "--- Old new ---\nclass Old:\n\n    def f(self):\n        return 1\n\n--- " in out, (
+        "a new class stands whole"
+    )
 
 
 def test_difference_shows_new_whole_changed_in_context_and_removed_by_name(course, capsys):
@@ -294,7 +300,7 @@ COURSE = stages(root(Path(__file__).parent))
 
 @pytest.mark.parametrize("old, new", list(zip(COURSE, COURSE[1:])), ids=lambda stage: stage.name)
 def test_every_pair_of_the_course_is_shown_letter_by_letter(old, new):
-    changes = compare_stages(old, new)
+    changes = fold(compare_stages(old, new), new)
     page = Page(html.page(old, new, changes))
     for change in changes:
         shown = page.sections[html.anchor(change)]

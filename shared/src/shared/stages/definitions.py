@@ -219,17 +219,16 @@ def compare_stages(old: Stage, new: Stage) -> list[Change]:
     return [change for file in files for change in compare(load(old.path / file), load(new.path / file), file)]
 
 
-def fold_removed(changes: list[Change], new: Stage) -> list[Change]:
-    """The same changes, but what went with its class stands under the class, and with its file under WHOLE."""
-    gone = {(change.file, change.name) for change in changes if change.status == "removed"}
+def fold(changes: list[Change], new: Stage) -> list[Change]:
+    """The same changes as a reader takes them in: a new or removed class in one, a removed file in one (WHOLE)."""
+    whole = {(change.file, change.name) for change in changes if change.status != "changed"}
     folded: dict[tuple[str, str], Change] = {}
     for change in changes:
         parts = change.name.split(".")
         scopes = [".".join(parts[:depth]) for depth in range(1, len(parts))]
-        name = next((scope for scope in scopes if (change.file, scope) in gone), change.name)
+        name = next((scope for scope in scopes if (change.file, scope) in whole), change.name)
         name = name if (new.path / change.file).is_file() else WHOLE
-        above = folded.get((change.file, name))
-        folded[change.file, name] = replace(
-            change, name=name, old=f"{above.old}\n{change.old}" if above else change.old
-        )
+        above = folded.get((change.file, name), replace(change, old="", new=""))
+        texts = ["\n".join(filter(None, pair)) for pair in ((above.old, change.old), (above.new, change.new))]
+        folded[change.file, name] = Change(change.file, name, above.kind, *texts)
     return list(folded.values())

@@ -11,7 +11,7 @@ from shared.console import console, say, table
 from shared.errors import BadInput
 from shared.runlog import write
 from shared.stages import html
-from shared.stages.definitions import Change, compare_stages, fold_removed
+from shared.stages.definitions import Change, compare_stages, fold
 from shared.stages.repo import Stage, find, stages
 
 COLOURS = {"new": "green", "changed": "yellow", "removed": "red"}
@@ -51,7 +51,9 @@ def overview(changes: list[Change]) -> list[dict]:
 def lines(change: Change) -> Text:
     """The definition whole if it is new, else a unified diff of it, an ellipsis between hunks."""
     if not change.old:
-        return Syntax("", "python", theme="ansi_dark", background_color="default").highlight(change.new.rstrip())
+        text = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(change.new)
+        text.rstrip()
+        return text
     text = Text()
     diff = difflib.unified_diff(change.old.splitlines(), change.new.splitlines(), n=CONTEXT, lineterm="")
     for i, line in enumerate(list(diff)[2:]):
@@ -91,7 +93,7 @@ def save(file: Path, text: str) -> None:
 
 def command(args: argparse.Namespace) -> int:
     old, new = pair(args.first, args.second)
-    changes = fold_removed(compare_stages(old, new), new)
+    changes = fold(compare_stages(old, new), new)
     if args.file:
         changes = only(changes, args.file, old, new)
     if args.html:
