@@ -1,0 +1,214 @@
+"""`stages carry N`: an uncommitted fix in stage N, carried through every later stage.
+
+Carried are the trunk and the trunk's tests (`tests/test_model.py` for `model.py`). From stage to stage: what turned the
+committed text of a definition into its present text is done to the same definition of the next stage, then on from
+there. Each stage is written only when all of it is merged. At a conflict the markers are written and the state is kept
+in `.stages/carry.json`, so that the carry goes on once they are gone.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shared.console import say, table
+from shared.errors import BadInput
+from shared.runlog import write
+from shared.stages.definitions import WHOLE
+from shared.stages.merge import CARRIED, CONFLICT, DROPPED, KEPT, MERGED, SKIPPED, changed_names, merge
+from shared.stages.repo import Stage, find, root, stages
+
+MARKERS = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+
+
+@dataclass
+class State:
+    """How far a carry has come."""
+
+    fix: str  # the stage that was mended
+    at: str  # the stage that the change has reached
+    commit: str  # what the working files are compared with: a commit made at a conflict changes nothing
+    names: dict[str, list[str] | None]  # by file: the definitions on their way; None: all that differ
+
+
+def git(top: Path, *words: str) -> bytes | None:
+    """What git prints; None if it fails. Raises BadInput without git."""
+    try:
+        done = subprocess.run(["git", "-C", str(top), *words], capture_output=True)
+    except FileNotFoundError:
+        raise BadInput("git is not installed: `stages carry` needs it") from None
+    return None if done.returncode else done.stdout
+
+
+def head(top: Path) -> str:
+    """The current commit. Raises BadInput where there is none."""
+    commit = git(top, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        raise BadInput(f"{top} has no commit to compare with: `stages carry` needs a git repository")
+    return commit.decode().strip()
+
+
+class Tree:
+    """The course's files as they are committed and as they are now."""
+
+    def __init__(self, top: Path, commit: str, dry: bool):
+        self.top, self.commit, self.dry = top, commit, dry
+        self.prefix = (git(top, "rev-parse", "--show-prefix") or b"").decode("utf-8").strip()
+        self.planned: dict[str, str | None] = {}  # what a dry run would have written
+
+    def files(self, stage: str) -> list[str]:
+        """The stage's trunk and the trunk's tests, committed or present: ["model.py", "tests/test_model.py"]."""
+        listed = git(self.top, "ls-tree", "-r", "--name-only", "-z", self.commit, f"{stage}/") or b""
+        folder = self.top / stage
+        present = [path.relative_to(folder).as_posix() for path in [*folder.glob("*.py"), *folder.glob("tests/*.py")]]
+        paths = {*present, *(path.removeprefix(f"{stage}/") for path in listed.decode("utf-8").split("\0"))}
+        trunk = sorted(path for path in paths if re.fullmatch(r"[^/]+\.py", path))
+        return [path for file in trunk for path in (file, f"tests/test_{file}") if path in paths]
+
+    def committed(self, path: str) -> str | None:
+        """The text at the commit, with the line ends that a checkout gives it."""
+        text = git(self.top, "cat-file", "--filters", f"{self.commit}:{self.prefix}{path}")
+        return None if text is None else text.decode("utf-8")
+
+    def present(self, path: str) -> str | None:
+        """The text now. Raises BadInput where a conflict is not resolved."""
+        file = self.top / path
+        text = self.planned.get(path, file.read_bytes().decode("utf-8") if file.is_file() else None)
+        if text and (marker := MARKERS.search(text)):
+            line = text.count("\n", 0, marker.start()) + 1
+            raise BadInput(f"{path} line {line} has a conflict marker: resolve the conflict first")
+        return text
+
+    def put(self, path: str, text: str | None) -> None:
+        """Write or, for None, delete the file."""
+        file = self.top / path
+        if self.dry:
+            self.planned[path] = text
+        elif text is None:
+            file.unlink()
+        else:
+            mode = file.stat().st_mode if file.is_file() else None
+            file.parent.mkdir(exist_ok=True)
+            write(file, text)
+            if mode:
+                file.chmod(mode)
+
+
+def refuse_uncommitted(tree: Tree, state: State, later: list[Stage]) -> None:
+    """Raises BadInput for a file that the carry may change and git does not know: it could not be undone."""
+    for file in state.names:
+        for stage in later:
+            path = f"{stage.name}/{file}"
+            known = tree.committed(f"{state.fix}/{file}") is None or tree.committed(path) is not None
+            if not known and tree.present(path) is not None:
+                raise BadInput(f"{path} is not committed: commit it first")
+
+
+def step(tree: Tree, state: State, onto: Stage) -> list[dict]:
+    """Carry the change from the stage it has reached on to the next; returns the rows of the report."""
+    rows, merged, names = [], {}, {}
+    for file, only in state.names.items():
+        source, target = f"{state.at}/{file}", f"{onto.name}/{file}"
+        base, theirs, ours = tree.committed(source), tree.present(source), tree.present(target)
+        try:
+            text, found = merge(ours, base, theirs, (onto.name, f"{state.at} with the fix"), only)
+            changed = changed_names(base, theirs)
+        except SyntaxError as error:
+            raise BadInput(f"{source} or {target} is not valid Python ({error}): mend it first") from None
+        rows += [{"stage": onto.name, "file": file, "definition": name, "result": found[name]} for name in found]
+        if text != ours:
+            merged[target] = text
+        if found and found.get(WHOLE) not in (DROPPED, KEPT, SKIPPED):
+            kept = changed if only is None else [name for name in changed if name in only]
+            names[file] = [name for name in kept if found.get(name) != DROPPED]
+    for path, text in merged.items():
+        tree.put(path, text)
+    state.at, state.names = onto.name, names
+    return rows
+
+
+def proceed(top: Path, state: State, dry: bool) -> int:
+    """Carry on to the last stage or the first conflict: exit code 0 or 1."""
+    record = top / ".stages" / "carry.json"
+    tree = Tree(top, state.commit, dry)
+    for file in state.names:
+        tree.present(f"{state.at}/{file}")  # refuses what is not resolved
+    rows, conflicts = [], []
+    for onto in stages(top):
+        if onto.number > find(state.at, top).number and not conflicts:
+            rows += step(tree, state, onto)
+            conflicts = [row for row in rows if row["result"] == CONFLICT]
+    if rows:
+        table(f"{'would carry' if dry else 'carried'} the fix in {state.fix}", rows)
+    if dry:
+        say("nothing was written")
+    elif conflicts:
+        record.parent.mkdir(exist_ok=True)
+        write(record, json.dumps(asdict(state), indent=1) + "\n")
+    else:
+        record.unlink(missing_ok=True)
+    for row in conflicts:
+        say(f"conflict in {row['stage']}/{row['file']}, definition {row['definition']}")
+    if conflicts and not dry:
+        say("choose between the marks <<<<<<< and >>>>>>>, delete the marks, then: uv run stages carry --continue")
+    elif not conflicts and not dry:
+        changed = dict.fromkeys(row["stage"][:2] for row in rows if row["result"] in (CARRIED, MERGED))
+        say(f"done: see `git diff`, then uv run stages check {' '.join([state.fix[:2], *changed])}")
+    return 1 if conflicts else 0
+
+
+def begin(top: Path, stage: Stage, dry: bool) -> int:
+    """A new carry of the fix in `stage`."""
+    later = [other for other in stages(top) if other.number > stage.number]
+    if not later:
+        raise BadInput(f"{stage.name} is the last stage: there is none to carry a fix to")
+    state = State(stage.name, stage.name, head(top), {})
+    tree = Tree(top, state.commit, dry)
+    paths = {file: f"{stage.name}/{file}" for file in tree.files(stage.name)}
+    state.names = {file: None for file, path in paths.items() if tree.committed(path) != tree.present(path)}
+    if not state.names:
+        say(f"nothing to carry: the trunk of {stage.name} and its tests are as committed")
+        return 0
+    refuse_uncommitted(tree, state, later)
+    return proceed(top, state, dry)
+
+
+def read_state(top: Path) -> State | None:
+    """The carry that stopped at a conflict, if there is one. Raises BadInput for a damaged record."""
+    try:
+        return State(**json.loads((top / ".stages" / "carry.json").read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise BadInput(".stages/carry.json is damaged: forget it with `stages carry --abort`") from None
+
+
+def command(args: argparse.Namespace) -> int:
+    top = root()
+    if args.abort:
+        (top / ".stages" / "carry.json").unlink(missing_ok=True)
+        say("forgotten; the files stay as they are: `git diff` shows them, `git restore FILE` takes one back")
+        return 0
+    state = read_state(top)
+    if not args.stage and not args.resume:
+        raise BadInput("no stage: name the one that was mended, as in `stages carry 3`")
+    stage = find(args.stage, top) if args.stage else None
+    if state and stage and stage.name != state.fix:
+        raise BadInput(f"the carry of {state.fix} stopped in {state.at}: finish with --continue or forget with --abort")
+    if state:
+        return proceed(top, state, args.dry_run)
+    if args.resume:
+        raise BadInput("no carry has stopped at a conflict: begin one with `stages carry N`")
+    return begin(top, stage, args.dry_run)
+
+
+def add(subparsers) -> None:
+    """Register `stages carry`."""
+    parser = subparsers.add_parser("carry", help="carry an uncommitted fix in a stage through all later ones")
+    parser.add_argument("stage", metavar="N", nargs="?", help="the stage that was mended")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be carried, write nothing")
+    parser.add_argument("--continue", dest="resume", action="store_true", help="go on after a conflict is resolved")
+    parser.add_argument("--abort", action="store_true", help="forget a carry that stopped at a conflict")
+    parser.set_defaults(func=command)
