@@ -68,7 +68,7 @@ class NGram:
         """P(y | x): x [N, T], y [N] -> [N], float64."""
         grams = self.grams(x, y)
         count = look_up(self.keys, self.counts, grams).double()
-        total = look_up(self.contexts, self.totals, grams // self.config.vocab_size)
+        total = look_up(self.contexts, self.totals, grams // self.config.vocab_size).double()
         return (count + self.config.add_k) / (total + self.config.add_k * self.config.vocab_size)
 
     def probs(self, x):
