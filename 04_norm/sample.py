@@ -17,6 +17,7 @@ from shared import options
 from shared.console import say
 from shared.device import setup
 from shared.errors import BadInput, cli
+from shared.runlog import run_folder
 
 
 @dataclass
@@ -100,7 +101,7 @@ def main(argv=None):
     config = options.build(SampleConfig, args)
     setup("cpu", args.seed)
 
-    model, vocab = load(Path(__file__).parent / "out" / args.name / "model.pt")
+    model, vocab = load(run_folder(__file__, args.name) / "model.pt")
     # Token 0, the line break in most texts, as far back as the model sees: as if the text had just begun.
     context = F.pad(vocab.encode(args.prompt), (model.config.block_size, 0))
     say(args.prompt + vocab.decode(sample(model, context, args.length, config)))

@@ -19,6 +19,22 @@ SUMMARY = ("corpus", "seed", "params", "tokens", "steps", "seconds", "val_loss",
 FIGURE_BYTES = 100_000
 
 
+def run_folder(script: str | Path, name: str = "default") -> Path:
+    """Where the run `name` of a stage's script is recorded: `out/<name>/` in the stage, or in STAGES_OUT when set.
+
+    Raises BadInput for a name that is no plain folder name.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise BadInput(f"run name {name!r}: use letters, digits, '-', '_' and '.', beginning with a letter or digit")
+    return Path(os.environ.get("STAGES_OUT") or stage_folder(script) / "out") / name
+
+
+def stage_folder(script: str | Path) -> Path:
+    """The stage that a script belongs to: the nearest folder above it with a pyproject.toml."""
+    script = Path(script).resolve()
+    return next((p for p in script.parents if (p / "pyproject.toml").is_file()), script.parent)
+
+
 class RunLog:
     """One run of one script.
 
@@ -29,12 +45,9 @@ class RunLog:
     """
 
     def __init__(self, script: str | Path, name: str = "default", config: dict | None = None, resume: bool = False):
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise BadInput(f"run name {name!r}: use letters, digits, '-', '_' and '.', beginning with a letter or digit")
-        script = Path(script).resolve()
-        stage = next((p for p in script.parents if (p / "pyproject.toml").is_file()), script.parent)
-        self.stage, self.script = stage.name, script.relative_to(stage).as_posix()
-        self.folder = Path(os.environ.get("STAGES_OUT") or stage / "out") / name
+        stage = stage_folder(script)
+        self.stage, self.script = stage.name, Path(script).resolve().relative_to(stage).as_posix()
+        self.folder = run_folder(script, name)
         self.config = json.loads(dumps(config or {}))
         self.begin = time.perf_counter()
         self.writes = os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,127 @@
+"""Token files on disk, and the examples a model learns from: windows of tokens and the token that follows each.
+
+A file of tokens is read through a memory map: only the pages that a batch touches are loaded, so the text may be larger
+than the memory. Documents are separated by `<|endoftext|>` in the text and by one special token in the file.
+"""
+
+import itertools
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from shared import corpus
+from shared.errors import BadInput
+from tokenizer import END, train_tokenizer
+
+
+def split(text: str) -> tuple[str, str]:
+    """The first 90 % of the characters to train on, the rest to validate on.
+
+    By position, before any window is cut: a random split of windows would put nearly the same stretch of text
+    on both sides, and the validation loss would reward learning by heart.
+    """
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def write_tokens(path: Path, text: str, tokenizer):
+    """Write the tokens of `text` to `path`, two bytes each, one special token after each document but the last.
+
+    The file appears whole or not at all. Raises BadInput for documents when the tokenizer has no special token.
+    """
+    ids = []
+    for i, document in enumerate(text.split(END)):
+        if i:
+            if tokenizer.end is None:
+                raise BadInput(f"the text holds {END}, but its tokenizer was made without: train a new one")
+            ids.append(tokenizer.end)
+        ids.extend(tokenizer.encode(document))
+    partial = path.with_suffix(f".{os.getpid()}")  # processes that write the same file must not meet
+    np.array(ids, dtype=np.uint16).tofile(partial)
+    partial.replace(path)
+
+
+def read_tokens(path: Path) -> torch.Tensor:
+    """The token file at `path`, memory-mapped -> [N], uint16."""
+    return torch.from_numpy(np.memmap(path, dtype=np.uint16, mode="c"))  # "c": torch wants it writable, the file is not
+
+
+def windows(data: torch.Tensor, block_size: int):
+    """The text cut into stretches of `block_size` tokens, and for every position the token that follows it.
+
+    data [N] -> x, y [(N - 1) // block_size, block_size]: [1, 2, 3, 4, 5, 6] with block_size 2 gives
+    x = [[1, 2], [3, 4]], y = [[2, 3], [4, 5]]. Raises BadInput when no window fits.
+    """
+    if len(data) <= block_size:
+        raise BadInput(f"a text of {len(data)} tokens has no window of {block_size} + 1: use a longer text")
+    end = (len(data) - 1) // block_size * block_size
+    return data[:end].view(-1, block_size), data[1:end + 1].view(-1, block_size)
+
+
+def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, start: int = 0):
+    """Minibatches without end: each pass over the text draws every window once, in a new order.
+
+    Yields x, y [batch_size, block_size]. Drawing windows independently would show some three times before others once.
+    Each pass has a generator of its own, so that a run can go on at batch `start` as if it had never stopped. Raises
+    BadInput when the text does not fill one batch.
+    """
+    per_pass = (len(data) - block_size) // block_size // batch_size  # whole batches, wherever the windows begin
+    if per_pass < 1:
+        raise BadInput(f"{len(data)} tokens do not fill a batch of {batch_size} windows of {block_size}: "
+                       "use a longer text, a smaller batch_size or a smaller block_size")
+    for batch in itertools.count(start):
+        turn, place = divmod(batch, per_pass)
+        if place == 0 or batch == start:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+            # Cut at other places in each pass, so that every token is sometimes early in its window and sometimes late.
+            offset = torch.randint(block_size, (1,), generator=generator).item()
+            x, y = windows(data[offset:], block_size)
+            order = torch.randperm(len(x), generator=generator)
+        rows = order[place * batch_size:(place + 1) * batch_size]
+        yield x[rows].long(), y[rows].long()
+
+
+@dataclass
+class Dataset:
+    """A corpus, ready for a model."""
+
+    name: str
+    tokenizer: object  # a CharTokenizer or BPETokenizer
+    train: torch.Tensor  # token ids of the first 90 % of the text
+    val: torch.Tensor  # token ids of the rest
+    tokens_per_char: float  # validation tokens to predict for each character: 1 for characters, fewer for byte pairs
+    bytes_per_char: float  # of the validation text in UTF-8: 1 for plain English
+
+    def nats_per_char(self, nats_per_token: float) -> float:
+        """A loss per token says little of a vocabulary whose tokens hold more or fewer characters: per character."""
+        return nats_per_token * self.tokens_per_char
+
+    def bits_per_byte(self, nats_per_char: float) -> float:
+        """A loss in the unit that compares across vocabularies and with compressors: bits per byte of text."""
+        return nats_per_char / math.log(2) / self.bytes_per_char
+
+
+def load_data(name: str | None, folder: Path, kind: str = "char", vocab_size: int = 1024, tokenizer=None) -> Dataset:
+    """The corpus called `name`, split, encoded and written to train.bin and val.bin in `folder`.
+
+    The tokenizer is learned from the training text, or given. Characters are the exception: a character that only the
+    validation text has must have an id as well.
+    """
+    source = corpus.load(name)
+    train, val = split(source.text)
+    if not val:
+        raise BadInput(f"{source.name} has only {len(source.text)} characters: use a longer text")
+    tokenizer = tokenizer or train_tokenizer(kind, source.text if kind == "char" else train, vocab_size)
+    write_tokens(folder / "train.bin", train, tokenizer)
+    write_tokens(folder / "val.bin", val, tokenizer)
+    train_ids, val_ids = read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
+    plain = val.replace(END, "")
+    # The first token is never predicted, so its characters are not counted either.
+    predicted = len(plain) - len(tokenizer.decode(val_ids[:1].tolist()))
+    return Dataset(
+        source.name, tokenizer, train_ids, val_ids,
+        tokens_per_char=(len(val_ids) - 1) / max(predicted, 1), bytes_per_char=len(plain.encode("utf-8")) / len(plain),
+    )

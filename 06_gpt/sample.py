@@ -1,0 +1,115 @@
+"""Write text with a trained model, one token at a time.
+
+    uv run python train.py && uv run python sample.py
+    uv run python sample.py --prompt "ROMEO:" --temperature 0.8 --top-k 10
+"""
+
+import argparse
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from model import GPT, ModelConfig
+from shared import options
+from shared.console import say
+from shared.device import setup
+from shared.errors import BadInput, cli
+from shared.runlog import run_folder
+from tokenizer import from_state
+
+
+@dataclass
+class SampleConfig:
+    """How to choose from the model's distribution. Raises BadInput for a choice that leaves nothing to draw."""
+
+    temperature: float = 1.0  # below 1 the likely gets likelier, above 1 less so; 0 always takes the likeliest
+    top_k: int | None = None  # draw from the k likeliest tokens only
+    top_p: float | None = None  # draw from the fewest likeliest tokens that together have probability p
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise BadInput(f"temperature is {self.temperature}: it must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise BadInput(f"top_k is {self.top_k}: it must be at least 1, or none to draw from all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p}: it must be above 0 and at most 1, or none to draw from all tokens")
+
+
+def filter_logits(logits, config: SampleConfig):
+    """Apply temperature, then top-k, then top-p: scores [..., V] -> [..., V] with -inf for what may not be drawn.
+
+    Of tokens that tie, the one with the lower id counts as the likelier, so exactly k are kept.
+    Top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
+    """
+    # 1. temperature; at 0 the limit, which keeps the likeliest token only
+    top_k = 1 if config.temperature == 0 else config.top_k
+    logits = logits.double() / (config.temperature or 1.0)
+    # 2. top-k
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ranked[..., top_k:] = -torch.inf
+    # 3. top-p: a token stays if those before it do not reach p yet, so the one that crosses p stays as well
+    if config.top_p is not None and config.top_p < 1:
+        probs = F.softmax(ranked, dim=-1)
+        before = probs.cumsum(dim=-1) - probs
+        ranked = ranked.masked_fill(before >= config.top_p, -torch.inf)
+    return torch.empty_like(logits).scatter(-1, order, ranked)  # back from rank order to token order
+
+
+@torch.no_grad()
+def sample(model, context, length: int, config: SampleConfig, generator=None):
+    """Draw `length` tokens, each from the model's distribution given the last block_size before it.
+
+    context [T], T >= 1 -> the new tokens [length].
+    """
+    model.eval()
+    tokens = context
+    for _ in range(length):
+        logits = model(tokens[None, -model.config.block_size:])[0, -1]  # [V]: the last position's answer
+        probs = F.softmax(filter_logits(logits.cpu(), config), dim=-1)
+        token = torch.multinomial(probs, 1, generator=generator)
+        tokens = torch.cat([tokens, token.to(tokens.device)])
+    model.train()
+    return tokens[len(context):]
+
+
+def load(path: Path, device="cpu"):
+    """A checkpoint that `train.py` wrote -> (model, tokenizer, all that was saved beside them).
+
+    Raises BadInput when there is none or it is damaged.
+    """
+    if not path.is_file():
+        raise BadInput(f"no checkpoint at {path}: train first, with uv run python train.py")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)  # weights only: a checkpoint runs no code
+        model = GPT(ModelConfig(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+        return model, from_state(state["tokenizer"]), state
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is damaged or from another version ({type(error).__name__}): train again") from None
+
+
+def main(argv=None):
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="default", help="the run to load, a folder under out/ (default: default)")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument("--length", type=int, default=500, help="tokens to write (default: 500)")
+    parser.add_argument("--seed", type=int, default=1337)
+    options.add(parser, SampleConfig)
+    args = parser.parse_args(argv)
+    if not args.prompt:
+        raise BadInput("--prompt is empty: give it at least one character")
+    if args.length < 1:
+        raise BadInput(f"--length {args.length}: write at least 1 token")
+    config = options.build(SampleConfig, args)
+    setup("cpu", args.seed)
+
+    model, tokenizer, _ = load(run_folder(__file__, args.name) / "model.pt")
+    context = torch.tensor(tokenizer.encode(args.prompt))
+    say(args.prompt + tokenizer.decode(sample(model, context, args.length, config).tolist()))
+
+
+if __name__ == "__main__":
+    cli(main)

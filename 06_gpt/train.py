@@ -1,0 +1,268 @@
+"""Train a GPT on a text, from first step to checkpoint; stop it at any time and go on later.
+
+    uv run python train.py
+    uv run python train.py --preset long
+    uv run python train.py --tokenizer bpe --vocab-size 1024 --name bpe
+    uv run python train.py --resume --name bpe
+    uv run torchrun --standalone --nproc-per-node 2 train.py      # two processes, each with half of every batch
+"""
+
+import argparse
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from data import batches, load_data, windows
+from model import GPT, ModelConfig
+from sample import SampleConfig, load, sample
+from shared import options
+from shared.console import progress, say
+from shared.device import setup
+from shared.errors import BadInput, cli
+from shared.interrupt import Interrupt
+from shared.runlog import RunLog, run_folder
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass
+class TrainConfig:
+    """The recipe. Raises BadInput for one that cannot run."""
+
+    steps: int = 1800  # optimiser steps
+    batch_size: int = 16  # windows per step, over all micro-batches and processes
+    accumulate: int = 1  # micro-batches a step is split into, when the whole batch does not fit into memory
+    lr: float = 4e-3  # highest learning rate
+    warmup: int = 100  # steps over which the learning rate rises to it; from there it falls to 0 along a cosine
+    weight_decay: float = 0.1  # pull of the matrices towards 0, as a share of the learning rate
+    beta2: float = 0.99  # memory of AdamW's second moment; small batches are noisy and want a long one
+    clip: float = 1.0  # longest gradient that is let through; a longer one is scaled down to it
+    precision: Literal["bfloat16", "float32"] = "bfloat16"  # of the matrix products; weights stay in float32
+    compile: bool = False  # torch.compile: pays on a GPU; on a CPU it takes longer to compile than it saves
+    minutes: float | None = None  # stop after so long, with a checkpoint
+    eval_every: int = 500  # steps between looks at the validation text, each with a sample and a checkpoint
+    seed: int = 1337
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "eval_every"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise BadInput("lr and clip must be above 0, warmup and weight_decay at least 0")
+        if not 0 <= self.beta2 < 1:
+            raise BadInput(f"beta2 is {self.beta2}: it must be at least 0 and below 1")
+
+
+PRESETS = {
+    "long": {"steps": 4000, "batch_size": 32, "n_embd": 192, "n_head": 3, "dropout": 0.1},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "tokenizer": "bpe", "vocab_size": 50257},
+}
+
+
+def nll(model, x, y, precision: str = "float32"):
+    """Negative log-likelihood: the mean of -ln P(y | x) over the examples, in nats per token.
+
+    `cross_entropy` takes scores and does softmax, logarithm and mean in one numerically safe step. Under autocast the
+    matrix products run in bfloat16; the logarithm needs more than its 8 bits of precision and stays in float32.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(x)
+    return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
+
+
+@torch.no_grad()
+def evaluate(model, data, rows: int = 64, precision: str = "float32") -> float:
+    """`nll` over every token of `data` [N] but the first, in consecutive windows, `rows` at a time."""
+    model.eval()
+    x, y = windows(data, model.config.block_size)
+    pieces = list(zip(x.split(rows), y.split(rows), strict=True))
+    if y.numel() < len(data) - 1:  # the last window is shorter, and counts too
+        pieces.append((data[None, y.numel():-1], data[None, y.numel() + 1:]))
+    device = next(model.parameters()).device
+    total = sum(nll(model, a.long().to(device), b.long().to(device), precision).item() * b.numel() for a, b in pieces)
+    model.train()
+    return total / (len(data) - 1)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of step 0, 1, ...: 1. a straight rise over the warm-up, 2. half a cosine from `lr` down to 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)  # of the way down
+    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def make_optimizer(model, config: TrainConfig):
+    """AdamW with weight decay on the matrices only: decay would pull norms' scales and biases to 0 for no gain."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
+def gradient(model, x, y, config: TrainConfig):
+    """Add the gradient of the loss on the batch x, y [B, T] to the parameters, a micro-batch at a time -> loss.
+
+    Gradients add up over backward calls, so each part counts by its share of the batch. Processes exchange theirs
+    once, with the last part.
+    """
+    total = 0.0
+    parts = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True))
+    for i, (a, b) in enumerate(parts, 1):
+        last = i == len(parts) or not isinstance(model, DistributedDataParallel)
+        with nullcontext() if last else model.no_sync():
+            loss = nll(model, a, b, config.precision) * (len(a) / len(x))
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def train(model, data, config: TrainConfig, optimizer, block_size: int, start: int = 0, stop=lambda: False):
+    """Steps `start` to `config.steps`. Yields (step, loss) after each; ends early once `stop()` is true.
+
+    In a run of several processes each takes its share of every batch, and all stop together.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.batch_size % (world * config.accumulate):
+        raise BadInput(f"batch_size {config.batch_size} does not split into {config.accumulate} micro-batches on "
+                       f"{world} processes: choose a multiple of {world * config.accumulate}")
+    device = next(model.parameters()).device
+    stream = batches(data, block_size, config.batch_size, config.seed, start)
+    for step in range(start, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        x, y = (part.chunk(world)[rank].to(device) for part in next(stream))  # [B / world, T]
+        report = torch.stack([gradient(model, x, y, config), torch.tensor(float(stop()), device=device)])
+        if world > 1:
+            dist.all_reduce(report)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # the whole batch's gradient, in float32
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, stopped = report.tolist()
+        yield step + 1, loss / world
+        if stopped:
+            return
+
+
+def save(path: Path, model, optimizer, tokenizer, step: int, seconds: float, args: dict):
+    """Write what `sample.load` needs, and what a run needs to go on. The file appears whole or not at all."""
+    state = {
+        "config": asdict(model.config), "tokenizer": tokenizer.state(), "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "rng": torch.get_rng_state(), "args": args,
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def main(argv=None):
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
+    parser.add_argument("--tokenizer", choices=["char", "byte", "bpe"], default="char", help="default: char")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="tokens that bpe learns (default: 1024)")
+    parser.add_argument("--name", default="default", help="the run's folder under out/ (default: default)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint, with its flags")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    options.add(parser, ModelConfig)
+    options.add(parser, TrainConfig)
+    args = options.parse(parser, argv, PRESETS)
+    model, tokenizer, state = None, None, {"step": 0, "seconds": 0.0}
+    if args.resume:
+        model, tokenizer, state = load(run_folder(__file__, args.name) / "model.pt")
+        parser.set_defaults(**state["args"])  # what the run began with; a flag given now wins
+        args = parser.parse_args(argv)
+    config = options.build(TrainConfig, args)
+
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes there are, and which one this is
+    device = setup(args.device, config.seed)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    lead = not world > 1 or dist.get_rank() == 0  # one process evaluates, samples and saves
+
+    log = RunLog(__file__, args.name, vars(args), resume=args.resume)
+    data = load_data(args.corpus, log.folder, args.tokenizer, args.vocab_size, tokenizer)
+    shape = options.build(ModelConfig, args, vocab_size=len(data.tokenizer))
+    if model and shape != model.config:
+        raise BadInput(f"the checkpoint's model is {model.config}: a resumed run keeps its shape")
+    model = (model or GPT(shape)).to(device)
+    optimizer = make_optimizer(model, config)
+    if args.resume:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        log.rewind(state["step"])
+    else:
+        torch.manual_seed(config.seed + (dist.get_rank() if world > 1 else 0))  # each process drops out its own
+    params = sum(p.numel() for p in model.parameters())
+    say(f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, {params:,} parameters")
+
+    engine = torch.compile(model) if config.compile else model
+    if world > 1:
+        engine = DistributedDataParallel(engine)
+    board = None
+    if args.tensorboard and lead:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+        board = SummaryWriter(log.folder / "tensorboard")
+    per_step = config.batch_size * shape.block_size  # tokens predicted
+    begin = time.perf_counter() - state["seconds"]
+
+    def note(step: int, **numbers):
+        log.metrics(step=step, **numbers)
+        for key, value in numbers.items() if board else ():
+            board.add_scalar(key, value, step)
+
+    def keep(step: int):
+        seconds = time.perf_counter() - begin
+        save(log.folder / "model.pt", model, optimizer, data.tokenizer, step, seconds, vars(args) | {"resume": False})
+
+    def look(step: int) -> float:
+        val_loss = data.nats_per_char(evaluate(model, data.val, precision=config.precision))
+        note(step, val_loss=val_loss)
+        # A generator of its own: looking must not change the run's random numbers.
+        generator = torch.Generator().manual_seed(config.seed)
+        ids = sample(model, data.train[:1].long().to(device), 160, SampleConfig(temperature=0.8), generator)
+        say(f"\nstep {step}: validation loss {val_loss:.4f} nats per character\n{data.tokenizer.decode(ids.tolist())}\n")
+        return val_loss
+
+    def stop() -> bool:
+        late = config.minutes is not None and time.perf_counter() - begin > 60 * config.minutes
+        return interrupt.asked or late
+
+    step = state["step"]
+    with Interrupt() as interrupt, progress(config.steps, "training") as bar:
+        for step, loss in train(engine, data.train, config, optimizer, shape.block_size, step, stop):
+            bar.update(step, loss=loss, tokens=step * per_step)
+            if step % 10 == 0:
+                note(step, train_loss=loss, lr=learning_rate(step - 1, config))
+            if lead and step % config.eval_every == 0 and step < config.steps and not stop():
+                look(step)
+                keep(step)
+    if lead:
+        keep(step)
+    if interrupt.asked:
+        say(f"stopped at step {step}, saved in {log.folder}: go on with --resume --name {args.name}")
+        return 130
+    if lead:
+        seconds = time.perf_counter() - begin
+        val_loss = look(step)
+        log.finish(
+            corpus=data.name, seed=config.seed, params=params, tokens=step * per_step, steps=step, seconds=seconds,
+            val_loss=val_loss, val_bpb=data.bits_per_byte(val_loss),
+        )
+        say(f"validation loss {val_loss:.4f} nats per character after {seconds:.0f} s, saved in {log.folder}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli(main)
