@@ -37,7 +37,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.lr <= 0 or self.weight_decay < 0:
+        if not (self.lr > 0 and self.weight_decay >= 0):  # so that nan is refused as well
             raise BadInput(f"lr {self.lr}, weight_decay {self.weight_decay}: need above 0, and at least 0")
 
 

@@ -29,7 +29,7 @@ class SampleConfig:
     top_p: float | None = None  # draw from the fewest likeliest tokens that together have probability p
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # so that nan is refused as well
             raise BadInput(f"temperature is {self.temperature}: it must be 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise BadInput(f"top_k is {self.top_k}: it must be at least 1, or none to draw from all tokens")
