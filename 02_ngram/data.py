@@ -95,6 +95,4 @@ def load_data(name: str | None = None, words: bool = False, seed: int = 1337) ->
     text = shuffle_lines(source.text, seed) if words else source.text
     vocab = Vocabulary(text)
     train, val = split(text)
-    if not val:
-        raise BadInput(f"{source.name} has only {len(text)} characters: use a longer text")
     return Dataset(source.name, vocab, vocab.encode(train), vocab.encode(val), len(val.encode("utf-8")) / len(val))

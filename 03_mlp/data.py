@@ -90,6 +90,4 @@ def load_data(name: str | None = None) -> Dataset:
     source = corpus.load(name)
     vocab = Vocabulary(source.text)
     train, val = split(source.text)
-    if not val:
-        raise BadInput(f"{source.name} has only {len(source.text)} characters: use a longer text")
     return Dataset(source.name, vocab, vocab.encode(train), vocab.encode(val), len(val.encode("utf-8")) / len(val))

@@ -112,8 +112,6 @@ def load_data(name: str | None, folder: Path, kind: str = "char", vocab_size: in
     """
     source = corpus.load(name)
     train, val = split(source.text)
-    if not val:
-        raise BadInput(f"{source.name} has only {len(source.text)} characters: use a longer text")
     tokenizer = tokenizer or train_tokenizer(kind, source.text if kind == "char" else train, vocab_size)
     write_tokens(folder / "train.bin", train, tokenizer)
     write_tokens(folder / "val.bin", val, tokenizer)
