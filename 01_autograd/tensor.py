@@ -250,7 +250,7 @@ class Tensor:
     def backward(self) -> None:
         """`Value.backward` with pullbacks for slopes. Raises ValueError unless there is one entry to start from."""
         if self.data.size != 1:
-            raise ValueError(f"backward starts from one number, not from shape {self.shape}: take a sum or a mean first")
+            raise ValueError(f"backward starts from one number, not from shape {self.shape}: take a sum or a mean")
         order = topological_order(self)
         for node in order:
             if node.inputs:

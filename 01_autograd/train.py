@@ -46,7 +46,7 @@ class Config:
     points: int = 200  # of the two moons, to learn from; 1,000 others judge the result
     noise: float = 0.15  # standard deviation of the points around their moon, whose radius is 1
     moons_steps: int = 2000  # of gradient descent on the moons
-    moons_lr: float = 0.5  # step size there
+    moons_lr: float = 0.2  # step size there
     moons_hidden: int = 16  # neurons in each of the two hidden layers
 
     def __post_init__(self) -> None:
@@ -200,46 +200,49 @@ def lesson_moons(config: Config, log: RunLog) -> tuple[np.ndarray, np.ndarray, d
     return points, classes, runs
 
 
-def draw_field(axes, probability: Callable[[np.ndarray], np.ndarray], points, classes, margin: float) -> None:
+def draw_field(axes, probability: Callable, points, classes, margin: float, cells: int) -> None:
     """Colours the plane by P(class 1), [n, 2] -> [n]; draws the line where it is one half, and the points on top."""
     low, high = np.min(points, axis=0) - margin, np.max(points, axis=0) + margin
-    x, y = np.meshgrid(np.linspace(low[0], high[0], 60), np.linspace(low[1], high[1], 60))
+    x, y = np.meshgrid(np.linspace(low[0], high[0], cells), np.linspace(low[1], high[1], cells))
     field = probability(np.stack([x.ravel(), y.ravel()], axis=1)).reshape(x.shape)
-    axes.contourf(x, y, field, levels=np.linspace(0, 1, 11), cmap="RdBu_r", alpha=0.6)
+    axes.contourf(x, y, field, levels=np.linspace(0, 1, 9), cmap="RdBu_r", alpha=0.4)
     axes.contour(x, y, field, levels=[0.5], colors="black", linewidths=1.2)
-    axes.scatter(*np.transpose(points), c=classes, cmap="RdBu_r", edgecolors="black", linewidths=0.5, s=22, zorder=3)
-    axes.set_aspect("equal")
+    colours = np.where(np.array(classes) == 1, "#c0392b", "#2471a3")
+    axes.scatter(*np.transpose(points), c=colours, linewidths=0, s=14, zorder=3)
+    axes.set(aspect="equal", xticks=[], yticks=[])
 
 
 def draw_xor(alone: list[TableRun], layered: list[TableRun]) -> Figure:
     """One neuron at its best, a hidden layer, and the loss of every start of both."""
-    fig = Figure(figsize=(11, 3.4), layout="constrained")
+    fig = Figure(figsize=(9, 2.8), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
     best = max(alone, key=lambda run: run.best)
     for parameter, weight in zip(best.model.parameters(), best.best_weights):
         parameter.data = weight
     solved = min(layered, key=lambda run: run.losses[-1])
-    for axes, run, title in ((left, best, "one neuron at its best"), (middle, solved, "hidden layer")):
-        draw_field(axes, partial(table_probability, run.logit), CORNERS, XOR, 0.4)
-        axes.set_title(f"XOR, {title}: {table_accuracy(run.logit, XOR):.0%}")
+    for axes, run, title in ((left, best, "one neuron"), (middle, solved, "hidden layer")):
+        draw_field(axes, partial(table_probability, run.logit), CORNERS, XOR, margin=0.4, cells=40)
+        axes.set_title(f"XOR, {title}: {table_accuracy(run.logit, XOR):.0%}", fontsize=10)
     for runs, colour, name in ((alone, "C3", "one neuron"), (layered, "C0", "hidden layer")):
         for i, run in enumerate(runs):
             right.plot(run.losses, color=colour, alpha=0.5, linewidth=1, label=name if i == 0 else None)
     right.axhline(math.log(2), color="black", linewidth=0.8, linestyle=":")
-    right.set(title=f"{len(alone)} starts of each", xlabel="step", ylabel="loss (dotted: ln 2)", yscale="log")
+    right.set_title(f"loss from {len(alone)} starts (dotted: ln 2)", fontsize=10)
+    right.set(xlabel="step", yscale="log")
     right.legend()
     return fig
 
 
 def draw_moons(points: np.ndarray, classes: np.ndarray, runs: dict[str, MoonsRun]) -> Figure:
     """The field of each model, and both losses."""
-    fig = Figure(figsize=(11, 3.2), layout="constrained")
+    fig = Figure(figsize=(9, 2.4), layout="constrained")
     *fields, right = fig.subplots(1, len(runs) + 1)
     for axes, (name, run) in zip(fields, runs.items()):
-        draw_field(axes, partial(moons_probability, run.model), points, classes, 0.3)
-        axes.set_title(f"{name}: {run.accuracy:.1%} of fresh points")
+        draw_field(axes, partial(moons_probability, run.model), points, classes, margin=0.3, cells=150)
+        axes.set_title(f"{name}: {run.accuracy:.1%}", fontsize=10)
         right.plot(run.losses, label=name)
-    right.set(title="loss", xlabel="step", ylabel="nats per point", yscale="log")
+    right.set_title("loss, nats per point", fontsize=10)
+    right.set(xlabel="step", yscale="log")
     right.legend()
     return fig
 

@@ -25,6 +25,7 @@ from shared.console import say, table
 from shared.errors import cli
 
 NUDGE = 1e-5  # smaller is not better: the loss has 16 digits, and the difference keeps only those that changed
+STEP = 0.1  # the learning rate of the one step at the end
 
 
 def expression(w: float, x: float, b: float) -> dict[str, Value]:
@@ -119,9 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     table("From the loss back to the weight", rows)
     say("w has two paths to the loss, through p and through the penalty: it gets the sum of what both bring.")
     say(f"Largest difference between hand and engine: {worst:.1e}.")
-    step = 0.1
-    before, after = loss_with(*at), loss_with(args.w - step * values["w"].grad, args.x, args.b - step * values["b"].grad)
-    say(f"One step against the slope, w -= {step} d_w and b -= {step} d_b: the loss goes from {before:.6f} to {after:.6f}.")
+    before = loss_with(*at)
+    after = loss_with(args.w - STEP * values["w"].grad, args.x, args.b - STEP * values["b"].grad)
+    say(f"One step against the slope, w -= {STEP} d_w and b -= {STEP} d_b: the loss goes {before:.6f} -> {after:.6f}.")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def tensor_step(mlp: TensorMLP, points: np.ndarray, signs: list[int]) -> Callabl
 
 
 def torch_step(scalars: MLP, points: np.ndarray, signs: list[int]) -> Callable:
-    """The same in torch.nn, float64, plain SGD."""
+    """The same in torch.nn, float64. The update is written out: importing torch.optim takes seconds."""
     layers = []
     for layer in scalars.layers:
         linear = torch.nn.Linear(len(layer.neurons[0].weights), len(layer.neurons), dtype=torch.float64)
@@ -91,14 +91,15 @@ def torch_step(scalars: MLP, points: np.ndarray, signs: list[int]) -> Callable:
             linear.bias.copy_(torch.tensor([n.bias.data for n in layer.neurons], dtype=torch.float64))
         layers += [linear, torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers[:-1])
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     x, y = torch.tensor(points), torch.tensor(signs, dtype=torch.float64)[:, None]
 
     def step():
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = (1 - y * model(x)).relu().mean()
         loss.backward()
-        optimizer.step()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= LR * parameter.grad
         return loss.detach()
 
     return step

@@ -1,0 +1,289 @@
+"""The array engine against torch: the same expression, written once, computed by both."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tensor import Tensor, cross_entropy, unbroadcast
+
+POSITIVE = ("log", "sqrt", "x ** 0.5", "x ** y", "x / y", "1 / y", "x ** -2")
+
+# name, expression in names that both engines know, shapes of x and y
+CASES = [
+    ("x + y", lambda x, y: x + y, (3, 4), (3, 4)),
+    ("x + row", lambda x, y: x + y, (3, 4), (4,)),
+    ("x + column", lambda x, y: x + y, (3, 4), (3, 1)),
+    ("row + column", lambda x, y: x + y, (1, 4), (3, 1)),
+    ("row * batch", lambda x, y: x * y, (4,), (5, 3, 4)),
+    ("middle axis", lambda x, y: x * y, (5, 3, 4), (5, 1, 4)),
+    ("number * x", lambda x, y: x * y, (), (2, 3)),
+    ("one entry * x", lambda x, y: x * y, (1, 1), (2, 3)),
+    ("x - y", lambda x, y: x - y, (2, 3, 4), (3, 1)),
+    ("x / y", lambda x, y: x / y, (3, 4), (3, 1)),
+    ("2 - x", lambda x, y: 2.0 - x * y, (3, 4), (4,)),
+    ("1 / y", lambda x, y: x * (1.0 / y), (3, 4), (4,)),
+    ("-x", lambda x, y: -x * y, (3, 4), (4,)),
+    ("x ** 3", lambda x, y: x**3 * y, (3, 4), (4,)),
+    ("x ** -2", lambda x, y: x**-2 * y, (3, 4), (4,)),
+    ("x ** 0.5", lambda x, y: x**0.5 * y, (3, 4), (4,)),
+    ("x ** y", lambda x, y: x**y, (3, 4), (4,)),
+    ("2 ** x", lambda x, y: 2.0**x * y, (3, 4), (4,)),
+    ("exp", lambda x, y: x.exp() * y, (3, 4), (4,)),
+    ("log", lambda x, y: x.log() * y, (3, 4), (4,)),
+    ("sqrt", lambda x, y: x.sqrt() * y, (3, 4), (4,)),
+    ("tanh", lambda x, y: x.tanh() * y, (3, 4), (4,)),
+    ("relu", lambda x, y: x.relu() * y, (3, 4), (4,)),
+    ("sigmoid", lambda x, y: x.sigmoid() * y, (3, 4), (4,)),
+    ("sum", lambda x, y: x.sum() * y, (3, 4), (4,)),
+    ("sum 0", lambda x, y: x.sum(0) * y, (3, 4), (4,)),
+    ("sum 1", lambda x, y: x.sum(1) * y, (3, 4), (3,)),
+    ("sum -1 keepdim", lambda x, y: x.sum(-1, keepdim=True) * y, (3, 3), (3, 3)),
+    ("sum of two axes", lambda x, y: x.sum((0, 2)) * y, (2, 3, 4), (3,)),
+    ("sum of square axis", lambda x, y: x.sum(dim=1) * y, (3, 3), (3,)),
+    ("mean", lambda x, y: x.mean() * y, (3, 4), (4,)),
+    ("mean 0", lambda x, y: x.mean(0) * y, (3, 4), (4,)),
+    ("mean keepdim", lambda x, y: (x - x.mean(dim=1, keepdim=True)) ** 2 * y, (3, 4), (4,)),
+    ("mean of two axes", lambda x, y: x.mean((0, -1)) * y, (2, 3, 4), (3,)),
+    ("amax", lambda x, y: x.amax() * y, (3, 4), (4,)),
+    ("amax 0", lambda x, y: x.amax(0) * y, (3, 4), (4,)),
+    ("amax keepdim", lambda x, y: (x - x.amax(1, keepdim=True)) * y, (3, 3), (3,)),
+    ("amax of two axes", lambda x, y: x.amax((0, 2)) * y, (2, 3, 4), (3,)),
+    ("matmul", lambda x, y: x @ y, (3, 4), (4, 5)),
+    ("matmul square", lambda x, y: x @ y, (3, 3), (3, 3)),
+    ("matmul batch", lambda x, y: x @ y, (2, 3, 4), (2, 4, 5)),
+    ("matmul shared right", lambda x, y: x @ y, (2, 6, 3, 4), (4, 5)),
+    ("matmul shared left", lambda x, y: x @ y, (3, 4), (2, 4, 5)),
+    ("matmul broadcast batches", lambda x, y: x @ y, (2, 1, 3, 4), (1, 6, 4, 5)),
+    ("vector @ matrix", lambda x, y: x @ y, (4,), (4, 5)),
+    ("matrix @ vector", lambda x, y: x @ y, (3, 4), (4,)),
+    ("vector @ vector", lambda x, y: x @ y, (4,), (4,)),
+    ("vector @ batch", lambda x, y: x @ y, (4,), (2, 4, 5)),
+    ("batch @ vector", lambda x, y: x @ y, (2, 3, 4), (4,)),
+    ("x @ x", lambda x, y: x @ x.transpose(0, 1) * y, (3, 4), (3,)),
+    ("reshape", lambda x, y: x.reshape(2, 6) * y, (3, 4), (6,)),
+    ("reshape -1", lambda x, y: x.reshape(-1) * y, (3, 4), (12,)),
+    ("transpose", lambda x, y: x.transpose(0, 1) * y, (3, 4), (4, 3)),
+    ("transpose batch", lambda x, y: x.transpose(-1, -3) * y, (2, 3, 4), (2,)),
+    ("row", lambda x, y: x[1] * y, (3, 4), (4,)),
+    ("column", lambda x, y: x[:, 2] * y, (3, 4), (3,)),
+    ("slice", lambda x, y: x[1:, :3] * y, (3, 4), (3,)),
+    ("every second", lambda x, y: x[::2] * y, (4, 3), (3,)),
+    ("new axis", lambda x, y: x[:, None] * y, (3, 4), (2, 1)),
+    ("ellipsis", lambda x, y: x[..., -1] * y, (2, 3, 4), (3,)),
+    ("rows by number", lambda x, y: x[[0, 2, 0, 0]] * y, (3, 4), (4, 4)),
+    ("entries by number", lambda x, y: x[[0, 1, 1, 0], [2, 3, 3, 2]] * y, (3, 4), (4,)),
+    ("table look-up", lambda x, y: x[np.array([[0, 2], [2, 2]])] * y, (3, 4), (2, 2, 4)),
+    ("mask", lambda x, y: x[[True, False, True]] * y, (3, 4), (2, 4)),
+    ("softmax", lambda x, y: x.softmax(1) * y, (3, 4), (4,)),
+    ("softmax 0", lambda x, y: x.softmax(dim=0) * y, (3, 4), (4,)),
+    ("log_softmax", lambda x, y: x.log_softmax(-1) * y, (2, 3, 4), (4,)),
+    ("the same leaf twice", lambda x, y: x * x.tanh() + x @ y, (3, 3), (3, 3)),
+]
+
+
+def both(shape: tuple[int, ...], rng: np.random.Generator, positive: bool) -> tuple[Tensor, torch.Tensor]:
+    data = rng.uniform(0.3, 2.0, shape) if positive else rng.normal(size=shape)
+    return Tensor(data), torch.tensor(data, requires_grad=True)
+
+
+def same(ours: Tensor, theirs: torch.Tensor, what: str) -> None:
+    """Equal gradients; a leaf that the result does not depend on has zeros here and None there."""
+    expected = np.zeros(ours.shape) if theirs.grad is None else theirs.grad.numpy()
+    assert ours.grad.shape == expected.shape, f"{what}: a gradient has its tensor's shape"
+    np.testing.assert_allclose(ours.grad, expected, rtol=1e-10, atol=1e-12, err_msg=f"{what}: wrong gradient")
+
+
+@pytest.mark.parametrize("name, expression, x_shape, y_shape", CASES, ids=[case[0] for case in CASES])
+def test_operations_have_torchs_values_and_gradients(name, expression, x_shape, y_shape):
+    """Each operation has torch's value and gradients, for shapes that broadcast as for shapes that match."""
+    rng = np.random.default_rng(0)
+    (x, tx), (y, ty) = (both(shape, rng, name in POSITIVE) for shape in (x_shape, y_shape))
+    ours, theirs = expression(x, y), expression(tx, ty)
+    assert ours.shape == tuple(theirs.shape), f"{name}: shape {ours.shape}, torch has {tuple(theirs.shape)}"
+    np.testing.assert_allclose(ours.data, theirs.detach().numpy(), rtol=1e-12, atol=1e-14, err_msg=f"{name}: value")
+    weight = rng.normal(size=ours.shape)  # so that no two entries of the result send back the same gradient
+    (ours * weight).sum().backward()
+    (theirs * torch.tensor(weight)).sum().backward()
+    same(x, tx, f"{name}, x {x_shape} beside y {y_shape}")
+    same(y, ty, f"{name}, y {y_shape} beside x {x_shape}")
+
+
+def test_random_graphs_of_arrays_have_torchs_gradients():
+    """On 100 random expressions of broadcast arrays with shared nodes, every gradient is torch's."""
+    rng = np.random.default_rng(1)
+    shapes = [(), (1,), (4,), (3, 1), (1, 4), (3, 4), (2, 1, 4), (2, 3, 1)]
+    steps = [
+        lambda a, b: a + b,
+        lambda a, b: a.tanh() * b,
+        lambda a, b: a - b.relu(),
+        lambda a, b: a / (b * b + 1.0),
+        lambda a, b: a.tanh().exp() + b.mean(),
+        lambda a, b: (a * a + 0.5).log() - b.sigmoid(),
+        lambda a, b: a * b.sum() * 0.1,
+        lambda a, b: a - a.reshape(-1).amax() * b.tanh(),
+    ]
+    for index in range(100):
+        leaves = [both(shapes[i], rng, False) for i in rng.integers(len(shapes), size=4)]
+        nodes = list(leaves)
+        for _ in range(rng.integers(3, 15)):
+            step = steps[rng.integers(len(steps))]
+            (a, ta), (b, tb) = (nodes[i] for i in rng.integers(len(nodes), size=2))
+            nodes.append((step(a, b), step(ta, tb)))
+        sum(ours.tanh().mean() for ours, _ in nodes).backward()
+        sum(theirs.tanh().mean() for _, theirs in nodes).backward()
+        for ours, theirs in leaves:
+            same(ours, theirs, f"graph {index}, leaf of shape {ours.shape}")
+
+
+def test_a_small_nudge_of_every_entry_shows_the_gradient():
+    """Nudging each weight of a two-layer network, one at a time, moves its loss as the gradient says."""
+    rng = np.random.default_rng(2)
+    x, targets = rng.normal(size=(5, 3)), rng.integers(0, 4, 5)
+    weights = [rng.normal(size=shape) for shape in ((3, 6), (6,), (6, 4), (4,))]
+
+    def loss(arrays):
+        w1, b1, w2, b2 = (a if isinstance(a, Tensor) else Tensor(a) for a in arrays)
+        return cross_entropy((x @ w1 + b1).tanh() @ w2 + b2, targets)
+
+    tensors = [Tensor(w) for w in weights]
+    loss(tensors).backward()
+    for tensor, weight in zip(tensors, weights):
+        for index in np.ndindex(weight.shape):
+            value = weight[index]
+            weight[index] = value + 1e-6
+            up = loss(weights).item()
+            weight[index] = value - 1e-6
+            down = loss(weights).item()
+            weight[index] = value
+            assert tensor.grad[index] == pytest.approx((up - down) / 2e-6, rel=1e-6, abs=1e-9), (
+                f"the loss does not move with entry {index} as its gradient says"
+            )
+
+
+def test_unbroadcast_adds_up_the_copies():
+    """A gradient shrinks to its tensor's shape by adding up the copies that broadcasting made."""
+    gradient = np.arange(24.0).reshape(2, 3, 4)
+    by_hand = {
+        (2, 3, 4): gradient,
+        (3, 4): gradient[0] + gradient[1],
+        (4,): gradient[0, 0] + gradient[0, 1] + gradient[0, 2] + gradient[1, 0] + gradient[1, 1] + gradient[1, 2],
+        (2, 1, 4): (gradient[:, 0] + gradient[:, 1] + gradient[:, 2])[:, None],
+        (3, 1): np.array([[0 + 1 + 2 + 3 + 12 + 13 + 14 + 15], [60 + 8 * 4], [60 + 8 * 8]]),
+        (1,): np.array([276.0]),
+        (): np.array(276.0),  # 0 + 1 + ... + 23
+    }
+    for shape, expected in by_hand.items():
+        result = unbroadcast(gradient, shape)
+        assert result.shape == shape, f"{shape}: got shape {result.shape}"
+        assert np.array_equal(result, expected), f"{shape}: the copies are not added up"
+
+
+def test_an_entry_picked_twice_gets_both_gradients():
+    """Indexing the same row twice sends two gradients back to it: an embedding used twice learns twice."""
+    table = Tensor(np.zeros((3, 2)))
+    picked = table[[1, 1, 0]]
+    (picked * np.array([[1.0, 2.0], [10.0, 20.0], [5.0, 6.0]])).sum().backward()
+    assert table.grad.tolist() == [[5.0, 6.0], [11.0, 22.0], [0.0, 0.0]], (
+        f"row 1 was used twice and must get 1 + 10 and 2 + 20, got {table.grad.tolist()}"
+    )
+
+
+def test_entries_that_tie_for_the_maximum_share_its_gradient():
+    """Where entries tie for the maximum, amax shares the gradient equally among them, as torch.amax does."""
+    data = np.array([[2.0, 5.0, 5.0], [1.0, 1.0, 1.0], [3.0, 0.0, -1.0]])
+    for dim in (0, 1, (0, 1)):
+        ours, theirs = Tensor(data), torch.tensor(data, requires_grad=True)
+        (ours.amax(dim) * 6.0).sum().backward()
+        (theirs.amax(dim) * 6.0).sum().backward()
+        same(ours, theirs, f"amax over {dim} with ties")
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0, 5000.0])
+def test_cross_entropy_is_torchs_for_small_and_huge_logits(scale):
+    """Cross-entropy and its gradient are torch's for logits up to thousands, repeated targets included."""
+    rng = np.random.default_rng(3)
+    data, targets = rng.normal(size=(6, 4)) * scale, np.array([3, 0, 1, 1, 3, 2])
+    ours, theirs = Tensor(data), torch.tensor(data, requires_grad=True)
+    loss, expected = cross_entropy(ours, targets), F.cross_entropy(theirs, torch.tensor(targets))
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    same(ours, theirs, f"logits of size {scale}")
+    np.testing.assert_allclose(ours.grad.sum(axis=1), 0.0, atol=1e-12, err_msg="softmax minus one-hot sums to zero")
+    probabilities = Tensor(data).softmax().data
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-12, err_msg="each row's probabilities add to 1")
+
+
+def test_backward_twice_adds_up_on_leaves_only():
+    """A second backward adds to the leaves as in torch; inner nodes start afresh; zero_grad forgets."""
+    data = np.array([[0.5, -1.0], [2.0, 0.3]])
+    ours, theirs = Tensor(data), torch.tensor(data, requires_grad=True)
+    shared, torch_shared = ours * ours, theirs * theirs
+    loss, torch_loss = shared.exp().mean() + shared.sum(), torch_shared.exp().mean() + torch_shared.sum()
+    for _ in range(3):
+        loss.backward()
+        torch_loss.backward(retain_graph=True)
+        same(ours, theirs, "backward again")
+    ours.zero_grad()
+    assert np.array_equal(ours.grad, np.zeros((2, 2)))
+
+
+def test_a_leaf_keeps_its_own_copy():
+    """A tensor does not change when the array it was made from does, and gradients never share memory."""
+    data = np.ones(3)
+    x, y = Tensor(data), Tensor(data)
+    data[:] = 9.0
+    assert x.data.tolist() == [1.0, 1.0, 1.0]
+    total = x + y
+    total.sum().backward()
+    x.grad += 5.0
+    assert y.grad.tolist() == [1.0, 1.0, 1.0] == total.grad.tolist(), "two tensors hold one gradient array between them"
+    assert Tensor(np.arange(3)).data.dtype == np.float64, "whole numbers have no small changes: everything is float64"
+
+
+def test_arrays_and_numbers_on_the_left_give_tensors():
+    """numpy arrays and numbers work on either side of every operator."""
+    x, array = Tensor([[1.0, 2.0], [3.0, 4.0]]), np.array([[2.0, 1.0], [1.0, 2.0]])
+    for result, expected in (
+        (array + x, array + x.data),
+        (array - x, array - x.data),
+        (array * x, array * x.data),
+        (array / x, array / x.data),
+        (array @ x, array @ x.data),
+        (array**x, array**x.data),
+        (np.float64(2.0) * x, 2.0 * x.data),
+        (3 - x, 3 - x.data),
+    ):
+        assert type(result) is Tensor
+        np.testing.assert_allclose(result.data, expected, rtol=1e-14)
+    assert len(x) == 2 and x.ndim == 2 and [row.shape for row in x] == [(2,), (2,)]
+
+
+def test_what_has_no_answer_is_refused_with_a_reason():
+    """Shapes that do not fit, logarithms of zero, overflow and impossible targets say what is wrong."""
+    x = Tensor([[1.0, -2.0, 0.0]])
+    with pytest.raises(ValueError, match=r"one number, not from shape \(1, 3\)"):
+        x.backward()
+    with pytest.raises(ValueError, match="inner lengths must be equal"):
+        x @ Tensor(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="inner lengths must be equal"):
+        x @ 2.0
+    with pytest.raises(ValueError, match="broadcast"):
+        x + np.ones(2)
+    with pytest.raises(ValueError, match="every entry must be positive"):
+        x.log()
+    with pytest.raises(ValueError, match="must not be negative"):
+        x**0.5
+    with pytest.raises(ZeroDivisionError, match="with a zero in it"):
+        1.0 / x
+    with pytest.raises(OverflowError, match="subtract the maximum first"):
+        (x * 1000.0).exp()
+    with pytest.raises(TypeError, match="is a Tensor already"):
+        Tensor(x)
+    for targets in ([3], [-1]):
+        with pytest.raises(ValueError, match="no indices into 3 classes"):
+            cross_entropy(x, targets)
+    for targets in ([0, 1], [0.0], 0):
+        with pytest.raises(ValueError, match="N whole-number targets"):
+            cross_entropy(x, targets)

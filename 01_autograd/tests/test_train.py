@@ -1,0 +1,196 @@
+"""What one neuron can learn and what it cannot, by training, by enumeration and by proof; the moons; the whole run."""
+
+import itertools
+import json
+import math
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import tensor
+import train
+from nn import Linear, TensorMLP
+from shared.errors import BadInput
+from tensor import Tensor
+from train import AND, CORNERS, XOR, Config, descend, hidden_layer, learn_table, lone_neuron, moons
+
+
+def rights(w1: float, w2: float, b: float, targets: tuple[int, ...]) -> int:
+    """How many corners a neuron with these numbers puts on the right side."""
+    return sum((w1 * x1 + w2 * x2 + b > 0) == bool(t) for (x1, x2), t in zip(CORNERS, targets))
+
+
+def test_one_neuron_learns_and():
+    """One neuron learns AND, from any start."""
+    for seed in range(5):
+        run = learn_table(*lone_neuron(random.Random(seed)), AND, steps=300, lr=1.0)
+        assert run.accuracy == 1.0 and run.losses[-1] < 0.1, f"seed {seed}: AND is not learned"
+        w1, w2, b = (parameter.data for parameter in run.model.parameters())
+        assert rights(w1, w2, b, AND) == 4, "the weights that were learned, worked out by hand, do not compute AND"
+
+
+def test_no_neuron_computes_xor():
+    """No weights whatever make one neuron compute XOR: its four demands add up to 0 > 0; three of four is the limit."""
+    signed = [[(2 * t - 1) * factor for factor in (*corner, 1)] for corner, t in zip(CORNERS, XOR)]
+    # Row i says: signed[i] . (w1, w2, b) > 0. The four left sides add up to nothing, the four right sides to 0.
+    assert [sum(column) for column in zip(*signed)] == [0, 0, 0], "the four inequalities do not cancel"
+    grid = [i / 4 for i in range(-12, 13)]
+    best = max(rights(w1, w2, b, XOR) for w1, w2, b in itertools.product(grid, grid, grid))
+    assert best == 3, f"{best} of 4 right: no line has more than three corners of XOR on the right side"
+
+
+def test_fourteen_of_sixteen_truth_tables_fit_one_neuron():
+    """Of the 16 truth tables of two inputs, one neuron computes all but XOR and its opposite."""
+    grid = [-1.5, -0.5, 0.5, 1.5]
+    found = {
+        tuple(int(w1 * x1 + w2 * x2 + b > 0) for x1, x2 in CORNERS)
+        for w1, w2, b in itertools.product((-1, 0, 1), (-1, 0, 1), grid)
+    }
+    everything = set(itertools.product((0, 1), repeat=4))
+    assert everything - found == {XOR, (1, 0, 0, 1)}
+
+
+def test_one_neuron_is_stuck_on_xor():
+    """Trained on XOR from many starts, one neuron ends at ln 2, a coin toss, and never has all four right."""
+    for seed in range(10):
+        run = learn_table(*lone_neuron(random.Random(seed)), XOR, steps=300, lr=1.0)
+        assert run.best <= 0.75, f"seed {seed}: {run.best:.0%} right is more than a line can have"
+        assert run.losses[-1] == pytest.approx(math.log(2), abs=1e-3), f"seed {seed}: not at the lowest loss there is"
+        assert min(run.losses) >= math.log(2) - 1e-12, "cross-entropy is convex here: nothing lies below ln 2"
+
+
+def test_a_hidden_layer_solves_xor():
+    """With four neurons in front of it, the same neuron solves XOR from every start."""
+    for seed in range(5):
+        run = learn_table(*hidden_layer(Config(hidden=4), random.Random(seed)), XOR, steps=500, lr=1.0)
+        assert run.accuracy == 1.0 and run.losses[-1] < 0.05, f"seed {seed}: XOR is not solved"
+        assert run.losses[-1] < run.losses[0] / 10
+
+
+def sgd(model: torch.nn.Module, lr: float) -> None:
+    """One step of gradient descent on torch's gradients; importing torch.optim for it would take seconds."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad, alpha=lr)
+
+
+def test_training_arrays_follows_torch_step_by_step():
+    """Fifty steps of gradient descent leave the loss and every weight where torch's gradients leave them."""
+    rng = np.random.default_rng(0)
+    points, classes = moons(40, 0.2, rng)
+    mlp = TensorMLP((2, 8, 2), "tanh", rng)
+    theirs = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    with torch.no_grad():
+        for ours, parameter in zip(mlp.parameters(), theirs.parameters()):
+            parameter.copy_(torch.tensor(ours.data))
+    x, targets = torch.tensor(points), torch.tensor(classes)
+    for step, loss in descend(mlp, lambda: tensor.cross_entropy(mlp(Tensor(points)), classes), steps=50, lr=0.5):
+        theirs.zero_grad()
+        expected = torch.nn.functional.cross_entropy(theirs(x), targets)
+        expected.backward()
+        sgd(theirs, lr=0.5)
+        assert loss == pytest.approx(expected.item(), rel=1e-9), (
+            f"step {step}: the loss leaves torch's path (gradients left over from the last step? the wrong direction?)"
+        )
+    for ours, parameter in zip(mlp.parameters(), theirs.parameters()):
+        np.testing.assert_allclose(ours.data, parameter.detach().numpy(), rtol=1e-8, err_msg="weights after 50 steps")
+
+
+def test_training_scalars_follows_torch_step_by_step():
+    """The same loop on scalars: thirty steps on XOR leave every weight where torch's gradients leave it."""
+    mlp, logit = hidden_layer(Config(hidden=3), random.Random(4))
+    theirs = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        for layer, linear in zip(mlp.layers, theirs[::2]):
+            linear.weight.copy_(torch.tensor([[w.data for w in n.weights] for n in layer.neurons], dtype=torch.float64))
+            linear.bias.copy_(torch.tensor([n.bias.data for n in layer.neurons], dtype=torch.float64))
+    x, targets = torch.tensor(CORNERS, dtype=torch.float64), torch.tensor(XOR, dtype=torch.float64)
+    for step, loss in descend(mlp, lambda: train.table_loss(logit, XOR), steps=30, lr=1.0):
+        theirs.zero_grad()
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(theirs(x)[:, 0], targets)
+        expected.backward()
+        sgd(theirs, lr=1.0)
+        assert loss == pytest.approx(expected.item(), rel=1e-9), f"step {step}: the loss leaves torch's path"
+    rows = [torch.cat([linear.weight, linear.bias[:, None]], dim=1) for linear in theirs[::2]]  # a neuron a row
+    weights = torch.cat([row.ravel() for row in rows]).tolist()
+    assert [parameter.data for parameter in mlp.parameters()] == pytest.approx(weights, rel=1e-8)
+
+
+def test_moons_are_two_half_circles_that_interleave():
+    """Without noise each point lies on its half circle; both are as long, and each reaches into the other's bow."""
+    points, classes = moons(2000, 0.0, np.random.default_rng(0))
+    upper, lower = points[classes == 0], points[classes == 1]
+    assert len(upper) == len(lower) == 1000
+    np.testing.assert_allclose(np.hypot(*upper.T), 1.0, rtol=1e-12, err_msg="radius 1 about (0, 0)")
+    np.testing.assert_allclose(np.hypot(*(lower - [1.0, 0.5]).T), 1.0, rtol=1e-12, err_msg="radius 1 about (1, 0.5)")
+    assert upper[:, 1].min() >= 0.0 and lower[:, 1].max() <= 0.5, "one opens downwards, the other upwards"
+    assert lower[:, 0].min() < 0.01 and upper[:, 0].max() > 0.99, "each tip lies in the other's bow"
+    noisy, _ = moons(2000, 0.3, np.random.default_rng(0))
+    residual = np.hypot(*noisy[classes == 0].T) - 1.0
+    assert residual.std() == pytest.approx(0.3, rel=0.1), "noise is the standard deviation about the moon"
+
+
+def test_a_curve_beats_the_best_line_on_the_moons():
+    """Two hidden layers put over 97% of unseen points on the right side; a straight line stays under 92%."""
+    rng = np.random.default_rng(0)
+    points, classes = moons(200, 0.1, rng)
+    fresh = moons(1000, 0.1, rng)
+    accuracy = {}
+    for name, model in (("line", Linear(2, 2, rng)), ("curve", TensorMLP((2, 16, 16, 2), "tanh", rng))):
+        for _ in descend(model, partial(train.moons_loss, model, points, classes), steps=600, lr=1.0):
+            pass
+        accuracy[name] = train.moons_accuracy(model, *fresh)
+    assert accuracy["curve"] > 0.97 and 0.8 < accuracy["line"] < 0.92, f"got {accuracy}"
+
+
+SMALL = ["--starts", "2", "--steps", "60", "--moons-steps", "50", "--points", "50"]
+
+
+def test_a_run_leaves_figures_and_numbers(tmp_path, monkeypatch, capsys):
+    """A run writes two figures below 100 kB and a summary with every headline, twice the same for one seed."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    summaries = []
+    for name in ("a", "b"):
+        train.main([*SMALL, "--name", name])
+        summary = json.loads((tmp_path / name / "summary.json").read_text("utf-8"))
+        summaries.append({key: value for key, value in summary.items() if key not in ("run", "seconds")})
+    assert summaries[0] == summaries[1], "the same seed must give the same numbers"
+    other = learn_table(*lone_neuron(random.Random(Config().seed + 1)), AND, steps=1, lr=1.0)
+    assert other.losses != learn_table(*lone_neuron(random.Random(Config().seed)), AND, steps=1, lr=1.0).losses
+    assert summaries[0]["xor_neuron_best"] <= 0.75 < summaries[0]["moons_mlp_accuracy"]
+    for figure in ("xor.png", "moons.png"):
+        png = (tmp_path / "a" / figure).read_bytes()
+        assert png.startswith(b"\x89PNG") and 5_000 < len(png) < 100_000, f"{figure} has {len(png)} bytes"
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text("utf-8").splitlines()
+    lessons = {json.loads(line)["lesson"] for line in lines}
+    assert len(lessons) == 5, f"a line for each lesson: {lessons}"
+    screen = capsys.readouterr().out
+    assert "% at best" in screen
+    assert str(tmp_path / "a") in screen.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seed", "-1"], "--seed is -1: it must not be negative"),
+        (["--starts", "0"], "--starts is 0: it must be at least 1"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--moons-steps", "-5"], "--moons-steps is -5"),
+        (["--points", "0"], "--points is 0"),
+        (["--lr", "0"], "--lr is 0: it must lie in"),
+        (["--moons-lr", "nan"], "--moons-lr is nan"),
+        (["--noise", "-1"], "--noise is -1"),
+        (["--steps", "many"], "invalid int value"),
+        (["--step", "5"], "unrecognized arguments: --step"),
+        (["--name", "../x"], "run name"),
+    ],
+)
+def test_impossible_settings_are_refused(flags, message, tmp_path, monkeypatch):
+    """A setting that makes no sense ends the run at once with what is allowed."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    with pytest.raises(BadInput, match=message):
+        train.main(flags)
+    assert not list(tmp_path.iterdir()), "nothing may be written for a run that cannot start"
