@@ -67,7 +67,7 @@ class BatchNorm(nn.Module):
             axes = tuple(range(x.ndim - 1))
             mean, var = x.mean(axes), x.var(axes, correction=0)
             with torch.no_grad():
-                # subtle: the batch is scaled by its own variance / n, the running estimate of the whole text's by / (n - 1)
+                # subtle: a batch is scaled by its own variance, sum / n; the whole text's is estimated by sum / (n - 1)
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
