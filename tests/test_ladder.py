@@ -1,18 +1,19 @@
 """`stages ladder`: rungs from the runs' summaries into the README's table and a figure."""
 
 import json
+import os
 
 import pytest
 from course import make, stages, write
 from shared.stages.ladder import FIGURE, REFERENCES
 
 TRAIN = """\
-import json, pathlib, sys
+import json, os, pathlib, sys
 run = sys.argv[1] if len(sys.argv) > 1 else "default"
 pathlib.Path("ran").write_text("yes")
 if pathlib.Path("fails").exists():
     sys.exit(3)
-folder = pathlib.Path("out") / run
+folder = pathlib.Path(os.environ.get("STAGES_OUT", "out")) / run
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "summary.json").write_text(pathlib.Path(run + ".json").read_text())
 """
@@ -62,7 +63,8 @@ def table(course) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith("|")]
 
 
-def test_every_rung_is_trained_and_stands_in_the_table_in_order(course):
+def test_every_rung_is_trained_and_stands_in_the_table_in_order(course, monkeypatch):
+    monkeypatch.setenv("STAGES_OUT", str(course / "elsewhere"))
     code, out, err = stages(course, "ladder")
     assert (code, err) == (0, "")
     head, _, *rows = table(course)
@@ -116,3 +118,13 @@ def test_when_anything_is_wrong_the_readme_stays_as_it_was(course, files, words,
     assert code == 2 and told in err and err.count("\n") == 1, err
     assert (course / "README.md").read_text("utf-8") == before
     assert not (course / FIGURE).exists()
+
+
+def test_a_summary_from_last_year_is_no_result_of_this_run(course):
+    stages(course, "ladder")
+    before = (course / "README.md").read_text("utf-8")
+    write(course, {"03_third/train.py": "pass\n", "03_third/out/default/summary.json": summary(val_loss=1.0)})
+    os.utime(course / "03_third" / "out" / "default" / "summary.json", (1e9, 1e9))
+    code, _, err = stages(course, "ladder")
+    assert code == 2 and "03 train.py wrote no out/default/summary.json" in err
+    assert (course / "README.md").read_text("utf-8") == before
