@@ -57,6 +57,7 @@ def test_every_kind_of_field_is_read():
         vocab_size=65, seed=2, n_head=8, lr=1e-3, norm="batch", top_k=5, compile=True, out=Path("a/b"), notes="y", sizes=7
     )
     assert parsed(["--norm", "None"]).norm is None
+    assert parsed(["--notes", "none"]).notes == "none", "only a field that may be None reads the word as None"
     assert parsed(["--top-k", "5", "--top-k", "none", "--no-compile"]) == Config(vocab_size=65)
 
 
@@ -117,6 +118,7 @@ def test_two_configs_share_a_parser_and_fields_can_be_skipped():
     args = parser.parse_args(["--width", "9", "--n-head", "2"])
     assert options.build(Frozen, args) == Frozen(9)
     assert options.build(Config, args, vocab_size=3, lr=1.0) == Config(vocab_size=3, n_head=2, lr=1.0)
+    assert options.build(Config, args, vocab_size=3, n_head=5).n_head == 5, "what the script says must win"
     with pytest.raises(BadInput, match="--lr"):
         parser.parse_args(["--lr", "1"])
 
