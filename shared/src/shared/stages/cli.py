@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from shared import errors
 from shared.errors import BadInput
-from shared.stages import check, doctor, ladder, overview, run
+from shared.stages import carry, check, diff, doctor, ladder, overview, run
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ def parser() -> Parser:
     top = Parser(prog="stages", description="Follow the course: without a command, where you are and what comes next.")
     top.set_defaults(func=overview.show)
     commands = top.add_subparsers(metavar="command")
-    for module in (doctor, run, check, ladder):
+    for module in (doctor, run, check, diff, carry, ladder):
         module.add(commands)
     return top
 
