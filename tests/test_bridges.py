@@ -1,0 +1,190 @@
+"""Every stage with its new idea neutralised gives the numbers of the stage before it.
+
+The modules of two neighbours have the same names, so each is loaded under its stage's name and kept apart.
+"""
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from shared.stages.repo import find
+
+TEXT = "the cat sat on the mat. the dog sat on the log.\n" * 20
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """A function: the trunk modules of a stage, by number, as attributes."""
+    loaded = {}
+
+    def load(number: str):
+        stage = find(number)
+        if stage.name not in loaded:
+            names = [file.stem for file in stage.trunk()]
+            hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+            sys.path.insert(0, str(stage.path))
+            try:
+                loaded[stage.name] = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+            finally:
+                sys.path.remove(str(stage.path))
+                for name in names:
+                    sys.modules.pop(name, None)
+                sys.modules.update(hidden)
+        return loaded[stage.name]
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def randomise(model):
+    """Weights of ordinary size everywhere, so that nothing agrees by being 0 or 1."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model
+
+
+def same(a, b, what):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m: f"{what}: {m}")
+
+
+def test_numpy_engine_gives_the_gradient_of_the_neural_bigram(stages):
+    """01 -> 02: our own autodiff and torch's agree on the loss and the gradient of the bigram's table."""
+    one, two = stages("01"), stages("02")
+    bigram = two.model.NeuralBigram(two.model.ModelConfig(vocab_size=7, block_size=1))
+    with torch.no_grad():
+        bigram.table.copy_(torch.randn(7, 7))
+    x, y = torch.randint(7, (50, 1)), torch.randint(7, (50,))
+    loss = two.train.nll(bigram, x, y)
+    loss.backward()
+
+    table = one.tensor.Tensor(bigram.table.detach().numpy().copy())
+    ours = one.tensor.cross_entropy(table[x[:, 0].numpy()], y.numpy())
+    ours.backward()
+    assert np.allclose(ours.data, loss.item()), "the two engines disagree on the loss"
+    assert np.allclose(table.grad, bigram.table.grad.numpy()), "the two engines disagree on the gradient"
+
+
+def test_linear_mlp_on_one_character_is_a_bigram_table(stages):
+    """02 -> 03: without its non-linearity and with one character of context, the network is a table of scores."""
+    two, three = stages("02"), stages("03")
+    config = three.model.ModelConfig(vocab_size=9, block_size=1, n_embd=5, n_hidden=11, activation="none")
+    mlp = randomise(three.model.MLP(config))
+    bigram = two.model.NeuralBigram(two.model.ModelConfig(vocab_size=9, block_size=1))
+    with torch.no_grad():
+        bigram.table.copy_(mlp(torch.arange(9)[:, None]))
+    x, y = torch.randint(9, (200, 1)), torch.randint(9, (200,))
+    same(three.train.nll(mlp, x, y), two.train.nll(bigram, x, y), "loss of the linear network and of its table")
+
+
+def test_windows_of_a_text_are_the_same_in_02_and_03(stages):
+    """02 -> 03: the examples did not change, only what is done with them."""
+    two, three = stages("02"), stages("03")
+    ids = two.data.Vocabulary(TEXT).encode(TEXT)
+    assert torch.equal(ids, three.data.Vocabulary(TEXT).encode(TEXT)), "the vocabularies differ"
+    for old, new in zip(two.data.windows(ids, 5), three.data.windows(ids, 5), strict=True):
+        assert torch.equal(old, new), "the windows differ"
+
+
+def test_deep_network_with_silent_blocks_is_the_shallow_one(stages):
+    """03 -> 04: residual blocks that add nothing, and no norm, leave the network of one hidden layer."""
+    three, four = stages("03"), stages("04")
+    old = randomise(three.model.MLP(
+        three.model.ModelConfig(vocab_size=9, block_size=3, n_embd=5, n_hidden=11, activation="none")))
+    new = randomise(four.model.MLP(
+        four.model.ModelConfig(vocab_size=9, block_size=3, n_embd=5, n_hidden=11, n_layer=3, norm="none")))
+    new.load_state_dict(old.state_dict(), strict=False)  # embedding, hidden layer and head have kept their names
+    with torch.no_grad():
+        for block in new.blocks:
+            block.ffn.proj.weight.zero_()
+            block.ffn.proj.bias.zero_()
+    x = torch.randint(9, (20, 3))
+    same(new(x), old(x), "scores with silent blocks")
+
+
+def test_transformer_without_attention_is_the_deep_network_of_one_character(stages, monkeypatch):
+    """04 -> 05: attention silenced, GELU put back to ReLU, positions at 0: each position is 04's network on its own."""
+    four, five = stages("04"), stages("05")
+    V, C = 9, 6
+    old = randomise(four.model.MLP(
+        four.model.ModelConfig(vocab_size=V, block_size=1, n_embd=C, n_hidden=C, n_layer=2, norm="layer")))
+    new = randomise(five.model.GPT(
+        five.model.ModelConfig(vocab_size=V, block_size=4, n_embd=C, n_head=2, n_layer=2)))
+    with torch.no_grad():
+        old.hidden.weight.copy_(torch.eye(C))
+        old.hidden.bias.zero_()
+        new.pos_emb.zero_()
+        for key in ("tok_emb", "norm", "head"):
+            getattr(new, key).load_state_dict(getattr(old, key).state_dict())
+        for a, b in zip(old.blocks, new.blocks, strict=True):
+            b.attn.proj.weight.zero_()
+            b.attn.proj.bias.zero_()
+            b.norm2.load_state_dict(a.norm.state_dict())
+            for p in b.ffn.parameters():  # four times as wide: the units that 04 does not have stay silent
+                p.zero_()
+            b.ffn.fc.weight[:C], b.ffn.fc.bias[:C] = a.ffn.fc.weight, a.ffn.fc.bias
+            b.ffn.proj.weight[:, :C], b.ffn.proj.bias[:] = a.ffn.proj.weight, a.ffn.proj.bias
+    monkeypatch.setattr(five.model, "F", SimpleNamespace(gelu=F.relu, softmax=F.softmax))
+    idx = torch.randint(V, (3, 4))
+    same(new(idx).flatten(0, 1), old(idx.flatten()[:, None]), "scores without attention")
+
+
+def into_gpt2(old, new):
+    """Copy a 05 model whose output layer is its embedding into a 06 model."""
+    with torch.no_grad():
+        old.head.weight.copy_(old.tok_emb.weight)
+        old.head.bias.zero_()
+        state = old.state_dict()
+        for i in range(len(old.blocks)):
+            for kind in ("weight", "bias"):
+                parts = [state.pop(f"blocks.{i}.attn.{name}.{kind}") for name in ("query", "key", "value")]
+                state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+        state.pop("head.bias")
+        new.load_state_dict(state)
+
+
+def test_gpt2_with_the_plain_transformers_weights_is_the_plain_transformer(stages):
+    """05 -> 06: fused queries, keys and values and a shared embedding compute the same scores and gradients."""
+    five, six = stages("05"), stages("06")
+    shape = {"vocab_size": 11, "block_size": 8, "n_embd": 12, "n_head": 3, "n_layer": 2}
+    old = randomise(five.model.GPT(five.model.ModelConfig(**shape)))
+    new = six.model.GPT(six.model.ModelConfig(**shape))
+    into_gpt2(old, new)
+    x, y = torch.randint(11, (4, 8)), torch.randint(11, (4, 8))
+    same(new(x), old(x), "scores")
+    five.train.nll(old, x, y).backward()
+    loss = F.cross_entropy(new(x).flatten(0, 1), y.flatten())  # 06's own nll works in float32
+    loss.backward()
+    same(new.tok_emb.weight.grad, old.tok_emb.weight.grad + old.head.weight.grad,
+         "a shared embedding gets the gradients of both its uses")
+    same(new.blocks[0].attn.qkv.weight.grad[:12], old.blocks[0].attn.query.weight.grad, "gradient of the queries")
+
+
+def test_evaluation_did_not_change_from_05_to_06(stages):
+    """05 -> 06: the same model gets the same loss on the same text, last short window included."""
+    torch.set_default_dtype(torch.float32)
+    five, six = stages("05"), stages("06")
+    shape = {"vocab_size": 30, "block_size": 8, "n_embd": 12, "n_head": 3, "n_layer": 2}
+    old = randomise(five.model.GPT(five.model.ModelConfig(**shape)))
+    new = six.model.GPT(six.model.ModelConfig(**shape))
+    into_gpt2(old, new)
+    ids = five.data.Vocabulary(TEXT).encode(TEXT)[:101]
+    assert six.train.evaluate(new, ids) == pytest.approx(five.train.evaluate(old, ids), rel=1e-6), "the losses differ"
+
+
+def test_character_ids_did_not_change_from_05_to_06(stages):
+    """05 -> 06: the character tokenizer numbers characters as the vocabulary did."""
+    five, six = stages("05"), stages("06")
+    tokenizer = six.tokenizer.train_tokenizer("char", TEXT, 0)
+    assert tokenizer.encode(TEXT) == five.data.Vocabulary(TEXT).encode(TEXT).tolist(), "the ids differ"
