@@ -63,7 +63,8 @@ def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     while True:
         # Cut at other places in each pass, so that every token is sometimes early in its window and sometimes late.
-        offset = torch.randint(min(block_size, len(data) - block_size), (1,), generator=generator).item()
+        last = max(1, min(block_size, len(data) - block_size))  # 1: windows refuses a text that is too short
+        offset = torch.randint(last, (1,), generator=generator).item()
         x, y = windows(data[offset:], block_size)
         order = torch.randperm(len(x), generator=generator)
         for rows in order.split(batch_size):
@@ -91,6 +92,4 @@ def load_data(name: str | None = None) -> Dataset:
     source = corpus.load(name)
     vocab = Vocabulary(source.text)
     train, val = split(source.text)
-    if not val:
-        raise BadInput(f"{source.name} has only {len(source.text)} characters: use a longer text")
     return Dataset(source.name, vocab, vocab.encode(train), vocab.encode(val), len(val.encode("utf-8")) / len(val))
