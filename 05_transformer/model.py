@@ -78,7 +78,7 @@ def variance_scaling_(layer: nn.Linear, gain: float = 1.0):
 def sinusoidal_positions(block_size: int, n_embd: int):
     """One fixed vector per position, made of waves from fast to slow -> [block_size, n_embd].
 
-    Channels 2i and 2i + 1 hold sin and cos of position / 10000^(2i / n_embd), so a shift by k positions is one rotation,
+    Channels 2i and 2i + 1 hold sin and cos of position / 10000^(2i / n_embd): a shift by k positions is one rotation,
     the same wherever it starts. Vaswani et al. (2017), section 3.5.
     """
     position = torch.arange(block_size)[:, None]  # [T, 1]
@@ -148,7 +148,7 @@ class FeedForward(nn.Module):
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         variance_scaling_(self.fc)
-        variance_scaling_(self.proj, gain=math.sqrt(2))  # GELU zeroes about half of its input, and with it half the power
+        variance_scaling_(self.proj, gain=math.sqrt(2))  # GELU zeroes about half of its input, half the power
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x)))
@@ -182,7 +182,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens [B, T] -> scores [B, T, V]: position t scores every candidate for token t + 1.
 
-    A transformer's decoder on its own. Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018).
+    A transformer's decoder on its own.
+    Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018).
     """
 
     def __init__(self, config: ModelConfig):
