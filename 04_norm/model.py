@@ -43,18 +43,18 @@ class ModelConfig:
 class BatchNorm(nn.Module):
     """Every channel gets mean 0 and variance 1 over the batch, then a learned scale and shift.
 
-    [B, H] or [B, T, H] -> the same shape; all axes but the last count as the batch. In training the statistics are the
+    [B, C] or [B, T, C] -> the same shape; all axes but the last count as the batch. In training the statistics are the
     batch's own, and running averages of them are kept; in evaluation the running averages are used, so that an
     example's answer does not depend on its neighbours. Ioffe & Szegedy, "Batch Normalization" (2015).
     """
 
-    def __init__(self, n_hidden: int, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, n_channels: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_hidden))
-        self.bias = nn.Parameter(torch.zeros(n_hidden))
+        self.weight = nn.Parameter(torch.ones(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
         # Buffers: saved and moved with the model, but not trained.
-        self.register_buffer("running_mean", torch.zeros(n_hidden))
-        self.register_buffer("running_var", torch.ones(n_hidden))
+        self.register_buffer("running_mean", torch.zeros(n_channels))
+        self.register_buffer("running_var", torch.ones(n_channels))
         self.eps = eps
         self.momentum = momentum
 
@@ -76,14 +76,14 @@ class BatchNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Every position gets mean 0 and variance 1 over its channels, then a learned scale and shift.
 
-    [..., H] -> [..., H]. No statistics are shared between examples, so training and evaluation are the same.
+    [..., C] -> [..., C]. No statistics are shared between examples, so training and evaluation are the same.
     Ba, Kiros & Hinton, "Layer Normalization" (2016).
     """
 
-    def __init__(self, n_hidden: int, eps: float = 1e-5):
+    def __init__(self, n_channels: int, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_hidden))
-        self.bias = nn.Parameter(torch.zeros(n_hidden))
+        self.weight = nn.Parameter(torch.ones(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
         self.eps = eps
 
     def forward(self, x):

@@ -48,10 +48,10 @@ class LayerNorm(nn.Module):
     Ba, Kiros & Hinton, "Layer Normalization" (2016).
     """
 
-    def __init__(self, n_embd: int, eps: float = 1e-5):
+    def __init__(self, n_channels: int, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd))
+        self.weight = nn.Parameter(torch.ones(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
         self.eps = eps
 
     def forward(self, x):
