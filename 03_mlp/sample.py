@@ -5,7 +5,6 @@
 """
 
 import argparse
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +81,9 @@ def load(path: Path, device="cpu"):
         model = MLP(ModelConfig(**state["config"])).to(device)
         model.load_state_dict(state["model"])
         return model, Vocabulary(state["chars"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damage can show anywhere: in the archive, the pickle, the names or the shapes
         raise BadInput(f"{path} is damaged or from another version ({type(error).__name__}): train again") from None
 
 
