@@ -93,6 +93,9 @@ def test_damaged_progress_counts_as_none(course):
         (["run", "1", "../02_second/train.py"], "train.py, demos/show.py"),
         (["check", "1", "--loud"], "--verbose"),
         (["check", "7"], "01_first, 02_second"),
+        (["diff", "7"], "01_first, 02_second"),
+        (["carry", "7"], "01_first, 02_second"),
+        (["ladder", "--fast"], "--no-train"),
     ],
 )
 def test_bad_arguments_get_one_line_that_says_what_is_allowed(course, words, allowed):
