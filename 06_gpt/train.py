@@ -60,8 +60,12 @@ class TrainConfig:
 
 
 PRESETS = {
-    "long": {"steps": 4000, "batch_size": 32, "n_embd": 192, "n_head": 3, "dropout": 0.1},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "tokenizer": "bpe", "vocab_size": 50257},
+    "long": {"name": "long", "steps": 4000, "batch_size": 32, "n_embd": 192, "n_head": 3, "dropout": 0.1},
+    "gpt2": {
+        "name": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "dropout": 0.1,
+        "tokenizer": "bpe", "vocab_size": 50257, "lr": 6e-4, "batch_size": 480, "accumulate": 40, "beta2": 0.95,
+        "warmup": 2000, "steps": 600_000,
+    },
 }
 
 
@@ -154,14 +158,16 @@ def save(path: Path, model, optimizer, tokenizer, step: int, seconds: float, arg
     """Write what `sample.load` needs, and what a run needs to go on. The file appears whole or not at all."""
     state = {
         "config": asdict(model.config), "tokenizer": tokenizer.state(), "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "rng": torch.get_rng_state(), "args": args,
+        "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+        "step": step, "seconds": seconds, "args": args,
     }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
 
 
-def main(argv=None):
+def arguments(argv):
+    """The command line -> (flags, model, tokenizer, state): the last three from the run's checkpoint with --resume."""
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--tokenizer", choices=["char", "byte", "bpe"], default="char", help="default: char")
@@ -173,94 +179,110 @@ def main(argv=None):
     options.add(parser, ModelConfig)
     options.add(parser, TrainConfig)
     args = options.parse(parser, argv, PRESETS)
-    model, tokenizer, state = None, None, {"step": 0, "seconds": 0.0}
-    if args.resume:
-        model, tokenizer, state = load(run_folder(__file__, args.name) / "model.pt")
-        parser.set_defaults(**state["args"])  # what the run began with; a flag given now wins
-        args = parser.parse_args(argv)
-    config = options.build(TrainConfig, args)
-
-    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes there are, and which one this is
-    device = setup(args.device, config.seed)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    lead = not world > 1 or dist.get_rank() == 0  # one process evaluates, samples and saves
-
-    log = RunLog(__file__, args.name, vars(args), resume=args.resume)
-    data = load_data(args.corpus, log.folder, args.tokenizer, args.vocab_size, tokenizer)
-    shape = options.build(ModelConfig, args, vocab_size=len(data.tokenizer))
-    if model and shape != model.config:
+    if not args.resume:
+        return args, None, None, {"step": 0, "seconds": 0.0}
+    model, tokenizer, state = load(run_folder(__file__, args.name) / "model.pt")
+    parser.set_defaults(**state["args"])  # what the run began with; a flag given now wins
+    args = parser.parse_args(argv)
+    shape = options.build(ModelConfig, args, vocab_size=len(tokenizer))
+    if shape != model.config:
         raise BadInput(f"the checkpoint's model is {model.config}: a resumed run keeps its shape")
-    model = (model or GPT(shape)).to(device)
+    return args, model, tokenizer, state
+
+
+def join(device: str, seed: int):
+    """Set this process up and meet the others, if torchrun started several -> (device, rank, number of processes)."""
+    device, world = setup(device, seed), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), world
+
+
+def look(step: int, model, data, config: TrainConfig, log) -> float:
+    """Score the model on the whole validation text, write a sample -> nats per character."""
+    val_loss = data.nats_per_char(evaluate(model, data.val, precision=config.precision))
+    log(step, val_loss=val_loss)
+    context = data.train[:1].long().to(next(model.parameters()).device)
+    # A generator of its own: a look must not change the random numbers of the run.
+    ids = sample(model, context, 160, SampleConfig(temperature=0.8), torch.Generator().manual_seed(config.seed))
+    say(f"\nstep {step}: validation loss {val_loss:.4f} nats per character\n{data.tokenizer.decode(ids.tolist())}\n")
+    return val_loss
+
+
+def recorder(log, tensorboard: bool):
+    """A function (step, **numbers) that writes metrics to metrics.jsonl and, if asked, for TensorBoard."""
+    if not tensorboard:
+        return log.metrics
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    board = SummaryWriter(log.folder / "tensorboard")
+
+    def record(step: int, **numbers):
+        log.metrics(step, **numbers)
+        for key, value in numbers.items():
+            board.add_scalar(key, value, step)
+        board.flush()
+
+    return record
+
+
+def main(argv=None):
+    args, model, tokenizer, state = arguments(argv)
+    config = options.build(TrainConfig, args)
+    device, rank, world = join(args.device, config.seed)
+    log = RunLog(__file__, args.name, vars(args), resume=args.resume)
+    record = recorder(log, args.tensorboard and rank == 0)
+    data = load_data(args.corpus, log.folder, args.tokenizer, args.vocab_size, tokenizer)
+    model = (model or GPT(options.build(ModelConfig, args, vocab_size=len(data.tokenizer)))).to(device)
     optimizer = make_optimizer(model, config)
     if args.resume:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         log.rewind(state["step"])
     else:
-        torch.manual_seed(config.seed + (dist.get_rank() if world > 1 else 0))  # each process drops out its own
-    params = sum(p.numel() for p in model.parameters())
-    say(f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, {params:,} parameters")
-
+        torch.manual_seed(config.seed + rank)  # same weights, but each process drops out its own units
     engine = torch.compile(model) if config.compile else model
     if world > 1:
         engine = DistributedDataParallel(engine)
-    board = None
-    if args.tensorboard and lead:
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-        board = SummaryWriter(log.folder / "tensorboard")
-    per_step = config.batch_size * shape.block_size  # tokens predicted
+    params = sum(p.numel() for p in model.parameters())
+    say(f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, {params:,} parameters")
+
+    step, per_step = state["step"], config.batch_size * model.config.block_size  # per step: tokens predicted
     begin = time.perf_counter() - state["seconds"]
-
-    def note(step: int, **numbers):
-        log.metrics(step=step, **numbers)
-        for key, value in numbers.items() if board else ():
-            board.add_scalar(key, value, step)
-
-    def keep(step: int):
-        seconds = time.perf_counter() - begin
-        save(log.folder / "model.pt", model, optimizer, data.tokenizer, step, seconds, vars(args) | {"resume": False})
-
-    def look(step: int) -> float:
-        val_loss = data.nats_per_char(evaluate(model, data.val, precision=config.precision))
-        note(step, val_loss=val_loss)
-        # A generator of its own: looking must not change the run's random numbers.
-        generator = torch.Generator().manual_seed(config.seed)
-        ids = sample(model, data.train[:1].long().to(device), 160, SampleConfig(temperature=0.8), generator)
-        say(f"\nstep {step}: validation loss {val_loss:.4f} nats per character\n{data.tokenizer.decode(ids.tolist())}\n")
-        return val_loss
+    flags = vars(args) | {"resume": False}
 
     def stop() -> bool:
         late = config.minutes is not None and time.perf_counter() - begin > 60 * config.minutes
         return interrupt.asked or late
 
-    step = state["step"]
+    def keep():
+        save(log.folder / "model.pt", model, optimizer, data.tokenizer, step, time.perf_counter() - begin, flags)
+
     with Interrupt() as interrupt, progress(config.steps, "training") as bar:
-        for step, loss in train(engine, data.train, config, optimizer, shape.block_size, step, stop):
+        for step, loss in train(engine, data.train, config, optimizer, model.config.block_size, step, stop):
             bar.update(step, loss=loss, tokens=step * per_step)
             if step % 10 == 0:
-                note(step, train_loss=loss, lr=learning_rate(step - 1, config))
-            if lead and step % config.eval_every == 0 and step < config.steps and not stop():
-                look(step)
-                keep(step)
-    if lead:
-        keep(step)
+                record(step, train_loss=loss, lr=learning_rate(step - 1, config))
+            if rank == 0 and step % config.eval_every == 0 and step < config.steps and not stop():
+                keep()
+                look(step, model, data, config, record)
+    if rank == 0:
+        keep()
     if interrupt.asked:
         say(f"stopped at step {step}, saved in {log.folder}: go on with --resume --name {args.name}")
         return 130
-    if lead:
-        seconds = time.perf_counter() - begin
-        val_loss = look(step)
+    if rank == 0:
+        val_loss, seconds = look(step, model, data, config, record), time.perf_counter() - begin
         log.finish(
             corpus=data.name, seed=config.seed, params=params, tokens=step * per_step, steps=step, seconds=seconds,
             val_loss=val_loss, val_bpb=data.bits_per_byte(val_loss),
         )
         say(f"validation loss {val_loss:.4f} nats per character after {seconds:.0f} s, saved in {log.folder}")
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
