@@ -143,7 +143,8 @@ def test_contexts_never_cross_a_word(block_size, tmp_path):
     for end in range(block_size, len(text)):
         word = text[:end].rpartition("\n")[2] if "\n" in text[end - block_size:end] else text[end - block_size:end]
         expected.append((word[-block_size:].rjust(block_size, "\n"), text[end]))
-    found = [(data.vocab.decode(context), data.vocab.decode(target[None])) for context, target in zip(x, y, strict=True)]
+    decode = data.vocab.decode
+    found = [(decode(context), decode(target[None])) for context, target in zip(x, y, strict=True)]
     assert found == expected, "a context holds letters of the word before, or lost some of its own"
 
 

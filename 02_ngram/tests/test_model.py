@@ -47,7 +47,7 @@ def test_look_up_finds_what_is_there():
     """Looking up gives the value of each key that is there and 0 for all others, below, between and above."""
     keys, values = torch.tensor([3, 5, 9]), torch.tensor([30, 50, 90])
     queries = torch.tensor([9, 4, 3, 0, 100, 5, 10])
-    assert look_up(keys, values, queries).tolist() == [90, 0, 30, 0, 0, 50, 0], "an absent key counts 0, not its neighbour"
+    assert look_up(keys, values, queries).tolist() == [90, 0, 30, 0, 0, 50, 0], "an absent key is 0, not its neighbour"
 
 
 def count_with_dicts(x, y, T: int, k: float, context: tuple, target: int) -> float:
@@ -59,7 +59,7 @@ def count_with_dicts(x, y, T: int, k: float, context: tuple, target: int) -> flo
 
 @pytest.mark.parametrize(("T", "k"), [(0, 0.5), (1, 1.0), (2, 0.01), (3, 0.3)])
 def test_add_k_matches_counting_with_dicts(T, k):
-    """Add-k probabilities are (count + k) / (total + k V), as a dictionary counts them, for seen and unseen contexts."""
+    """Add-k probabilities are (count + k) / (total + k V), as a dictionary counts, for seen and unseen contexts."""
     x, y = examples(200)
     model = NGram(config(T, k)).fit(x, y)
     contexts = every_context(T)
@@ -76,14 +76,14 @@ def test_an_n_gram_looks_at_the_newest_tokens(Model):
     for T in (0, 1, 2):
         long = Model(config(T)).fit(x, y)
         short = Model(config(T)).fit(x[:, LOOKS_BACK - T:], y)
-        assert torch.equal(long.prob(x, y), short.prob(x[:, LOOKS_BACK - T:], y)), "it reads the wrong end of the context"
+        assert torch.equal(long.prob(x, y), short.prob(x[:, LOOKS_BACK - T:], y)), "the wrong end of the context"
     bigram = Model(config(1)).fit(x, y)
     seen = Counter(zip(x[:, -1].tolist(), y.tolist()))
     first = Counter(x[:, -1].tolist())
     p = bigram.probs(torch.tensor([[1, 2, 3, 0]]))[0]
     likeliest = max(range(V), key=lambda target: seen[0, target])
     assert p.argmax() == likeliest, "what follows token 0 most often is not the likeliest after it"
-    assert p[likeliest].item() == pytest.approx(seen[0, likeliest] / first[0], abs=0.01), "the share of pairs with token 0"
+    assert p[likeliest].item() == pytest.approx(seen[0, likeliest] / first[0], abs=0.01), "the share of its pairs"
 
 
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 4])
@@ -123,7 +123,7 @@ def test_the_three_discounts_by_hand():
     # 10 seen once, 5 twice, 2 three times, 1 four times: Y = 10 / (10 + 2 * 5) = 1/2, so that
     # D1 = 1 - 2 Y 5/10 = 0.5   D2 = 2 - 3 Y 2/5 = 1.4   D3 = 3 - 4 Y 1/2 = 2
     counts = torch.tensor([1] * 10 + [2] * 5 + [3] * 2 + [4] + [7] * 3)
-    assert discounts(counts).tolist() == pytest.approx([0, 0.5, 1.4, 2.0]), "not 1 - 2Y n2/n1, 2 - 3Y n3/n2, 3 - 4Y n4/n3"
+    assert discounts(counts).tolist() == pytest.approx([0, 0.5, 1.4, 2.0]), "D_i = i - (i + 1) Y n_(i+1) / n_i"
     # 20 once, 4 twice, 2 three times, 1 four times: Y = 20/28 = 5/7, D1 = 5/7, D2 = 13/14, D3 = 11/7
     counts = torch.tensor([3, 3, 4] + [1] * 20 + [2] * 4)
     assert discounts(counts).tolist() == pytest.approx([0, 5 / 7, 13 / 14, 11 / 7])
@@ -198,7 +198,7 @@ def test_shorter_contexts_count_neighbours_not_occurrences():
     francisco, the = KneserNey(ModelConfig(vocab_size=12, block_size=1)).fit(x, y).probs(unseen)[0, [1, 2]].tolist()
     # Two continuations in all, "Francisco" after 1 word and "the" after 9: discounts 0.5, 1, 1.5 of the small text.
     assert the == pytest.approx((9 - 1.5) / 10 + (0.5 + 1.5) / 10 / 12), "N1+(. the) = 9 of 10"
-    assert francisco == pytest.approx((1 - 0.5) / 10 + (0.5 + 1.5) / 10 / 12), "raw counts instead of continuation counts"
+    assert francisco == pytest.approx((1 - 0.5) / 10 + (0.5 + 1.5) / 10 / 12), "raw counts, not continuations"
 
 
 def test_params_are_the_numbers_stored():
@@ -218,7 +218,7 @@ def test_params_are_the_numbers_stored():
 def test_softmax_matches_torch():
     """Softmax agrees with torch's on any number of axes, and normalises rows, in a square table too."""
     generator = torch.Generator().manual_seed(0)
-    for shape in ((7,), (3, 4), (4, 4), (2, 3, 5), (5, 5, 5)):
+    for shape in ((7,), (4, 4), (3, 4), (5, 5, 5), (2, 3, 5)):
         logits = 3 * torch.randn(shape, generator=generator, dtype=torch.double)
         probs = softmax(logits)
         assert probs.shape == logits.shape, "softmax keeps the shape"
@@ -234,11 +234,11 @@ def test_softmax_of_large_scores():
     for shift in (1000.0, -1000.0, 1e6):
         probs = softmax(small + shift)
         assert torch.isfinite(probs).all(), f"scores around {shift:g} overflow in exp: subtract the largest first"
-        assert torch.allclose(probs, torch.softmax(small, -1), atol=1e-6), "a shift of all scores must not change softmax"
+        assert torch.allclose(probs, torch.softmax(small, -1), atol=1e-6), "a shift of all scores changed them"
 
 
 def test_softmax_gradient():
-    """Backpropagation through softmax and -ln gives probabilities minus the target's one, as in torch's cross-entropy."""
+    """The gradient of the loss by the scores is the probabilities, less 1 for the target, divided by the examples."""
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(0), dtype=torch.double, requires_grad=True)
     y = torch.tensor([0, 4, 2, 2, 1, 3])
     ours = -softmax(logits).gather(1, y[:, None]).log().mean()

@@ -54,14 +54,15 @@ def test_each_token_is_drawn_given_the_newest():
     model = Told(2, lambda context: certain((context[0] + context[1]) % 5))
     drawn = sample(model, torch.tensor([4, 4, 0, 1]), 8).tolist()
     assert drawn == [1, 2, 3, 0, 3, 3, 1, 4], "the context is not the newest two tokens"
-    assert sample(Told(0, lambda context: certain(3)), torch.tensor([1]), 3).tolist() == [3, 3, 3], "a unigram sees nothing"
+    assert sample(Told(0, lambda context: certain(3)), torch.tensor([1]), 3).tolist() == [3, 3, 3], "no context at all"
 
 
 def test_sampling_forgets_at_a_boundary():
     """With a boundary token nothing before it is used, so that each word begins afresh."""
     model = Told(3, lambda context: certain(0 if context[-2:] == [1, 2] else context[-1] % 2 + 1))
     assert sample(model, torch.tensor([4, 3, 1]), 5, boundary=0).tolist() == [2, 0, 1, 2, 0]
-    assert model.contexts == [[4, 3, 1], [3, 1, 2], [0, 0, 0], [0, 0, 1], [0, 1, 2]], "letters of the word before are used"
+    given = [[4, 3, 1], [3, 1, 2], [0, 0, 0], [0, 0, 1], [0, 1, 2]]
+    assert model.contexts == given, "letters of the word before are used"
     model.contexts.clear()
     sample(model, torch.tensor([4, 3, 1]), 3)
     assert model.contexts[-1] == [1, 2, 0], "without a boundary the whole context is used"

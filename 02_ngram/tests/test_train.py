@@ -1,4 +1,4 @@
-"""Checkpoints of training: the loss and its units, gradient descent step by step, the two bigrams meet, the whole run."""
+"""Checkpoints of training: the loss and its units, gradient descent by the step, the two bigrams meet, the whole run."""
 
 import json
 import math
@@ -115,11 +115,11 @@ def test_steps_draw_random_examples():
 
 
 def test_the_trained_softmax_meets_the_counts():
-    """Gradient descent ends where counting starts: the learned bigram's softmax is the share of each pair in the text."""
+    """Gradient descent ends where counting starts: the learned softmax is the share of each pair in the text."""
     rng = random.Random(3)
-    text = [0]
+    text, weights = [0], [(5, 3, 1, 1), (1, 1, 6, 2), (4, 0, 4, 2), (1, 7, 0, 2)]
     for _ in range(3000):
-        text.append(rng.choices(range(4), weights=[(5, 3, 1, 1), (1, 1, 6, 2), (4, 0, 4, 2), (1, 7, 0, 2)][text[-1]])[0])
+        text += rng.choices(range(4), weights=weights[text[-1]])
     x, y = torch.tensor(text[:-1])[:, None], torch.tensor(text[1:])
     model = NeuralBigram(ModelConfig(vocab_size=4, block_size=1))
     for _ in train(model, x, y, TrainConfig(steps=800, batch_size=1024, lr=20.0)):
@@ -129,7 +129,7 @@ def test_the_trained_softmax_meets_the_counts():
     for a in range(4):
         for b in range(4):
             share = pairs[a, b] / firsts[a]
-            assert learned[a][b] == pytest.approx(share, abs=0.02), f"P({b} | {a}) is not the share of pairs in the text"
+            assert learned[a][b] == pytest.approx(share, abs=0.02), f"P({b} | {a}) is not its share of the text"
     best = -sum(n * math.log(n / firsts[a]) for (a, _), n in pairs.items()) / 3000
     assert best <= evaluate(model, x, y) < best + 0.002, "no bigram beats the counts, and the trained one comes close"
     counted = NGram(ModelConfig(vocab_size=4, block_size=1, add_k=1e-9)).fit(x, y)
