@@ -49,10 +49,10 @@ class NotAClass:
 # about the loop
 
 # and directly above
-@first
 @(
-    second
+    first
 )
+@second
 async def loop():
     def inner():
         return """
@@ -153,7 +153,7 @@ def test_comments_and_decorators_belong_to_the_definition_below():
     assert found["docstring"].startswith("#!/usr/bin/env python\n# licence\n")
     assert found["BLOCK"] == "# Sizes.\nBLOCK = 8  # characters\n"
     assert found["A"] == "A = 1; B = 2\n"
-    assert found["loop"].startswith("# about the loop\n\n# and directly above\n@first\n@(\n    second\n)\nasync def")
+    assert found["loop"].startswith("# about the loop\n\n# and directly above\n@(\n    first\n)\n@second\nasync def")
     assert found["loop"].endswith("    # the end of loop\n"), "a comment inside a body belongs to the body"
     assert "BLOCK" not in found["docstring"]
     assert found["main guard"].endswith("main()\n# after everything\n")
@@ -168,6 +168,14 @@ def test_class_shell_is_the_class_without_its_methods():
     assert "width: int = 3" in shell.text and "depth: int = 4" in shell.text and "def conditional" in shell.text
     assert "def f" not in shell.text and "# about f" not in shell.text
     assert "last words of Model" in definitions(NASTY)["Model.f"].text
+
+
+def test_only_line_breaks_of_python_end_a_line():
+    source = 'x = """\x0c\u2028\x1d"""\n\ndef f():\n    return 1\n'
+    assert [(p.name, p.code, p.start, p.end) for p in split(source)] == [
+        ("x", 'x = """\x0c\u2028\x1d"""\n', 1, 2),
+        ("f", "def f():\n    return 1\n", 3, 4),
+    ]
 
 
 def test_overloads_and_setters_are_one_definition():
