@@ -2,7 +2,7 @@
 
 Unlike the plain transformer before it:
 
-- weights start as in GPT-2: small normals, and smaller still where they feed the residual stream;
+- weights start as in GPT-2: normals of one size, and smaller ones where they feed the residual stream;
 - the token embedding is also the output layer (weight tying);
 - dropout, for runs long enough to learn the text by heart;
 - queries, keys and values come from one fused product, and attention takes the fast path of the device it runs on.
@@ -29,6 +29,7 @@ class ModelConfig:
     n_head: int = 2  # attention heads, each on its own n_embd / n_head channels; few wide ones are faster on a CPU
     n_layer: int = 4  # blocks: each one attends once and thinks once
     dropout: float = 0.0  # share of activations zeroed in training; pays once the text is read many times over
+    init_std: float = 0.08  # spread of the first weights: about 1 / sqrt(n_embd); GPT-2's 0.02 is for 768 and more
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
@@ -39,6 +40,8 @@ class ModelConfig:
                            "choose an n_head that divides n_embd")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if self.init_std <= 0:
+            raise BadInput(f"init_std is {self.init_std}: it must be above 0, or every unit learns the same")
 
 
 class LayerNorm(nn.Module):
@@ -150,25 +153,23 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.pos_emb = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))  # [T, C]
+        self.pos_emb = nn.Parameter(torch.zeros(config.block_size, config.n_embd))  # [T, C]
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.tok_emb.weight  # tokens that are used alike get vectors and scores alike
-        self.apply(self.init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith("proj.weight"):
-                # The residual stream sums 2 * n_layer of these outputs: the sum keeps its size at any depth.
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.init_weights()
 
-    @staticmethod
-    def init_weights(module):
-        """Weights ~ N(0, 0.02^2), biases 0: logits start near 0 and the loss near ln V."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def init_weights(self):
+        """Matrices ~ N(0, init_std^2), smaller ones where they feed the residual stream; biases 0, norms' scales 1."""
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                # The stream sums 2 * n_layer of these outputs: shrunk like this, the sum keeps its size at any depth.
+                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith("proj.weight") else 1
+                nn.init.normal_(p, std=self.config.init_std / shrink)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, idx):
         T = idx.shape[1]
