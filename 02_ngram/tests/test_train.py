@@ -1,4 +1,4 @@
-"""Checkpoints of training: the loss and its units, gradient descent by the step, the two bigrams meet, the whole run."""
+"""Checkpoints of training: the loss and its units, gradient descent, the two bigrams meet, the whole run."""
 
 import json
 import math
