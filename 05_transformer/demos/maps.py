@@ -1,0 +1,124 @@
+"""The attention maps of a trained model: who looks at whom, in every head of every layer, on one line of real text.
+
+    uv run stages run 05 && uv run stages run 05 demos/maps.py
+    uv run stages run 05 demos/maps.py --text "What a piece of work is a man" --run default
+
+Row t of a map holds the weights with which position t averages the values of its past. The table puts a number on what
+the eye sees: how far back a head looks, how much weight lies on the character just before and on the position itself,
+how much on earlier occurrences of the same character, and how wide the weight is spread (e to the entropy: the number
+of positions that it would cover evenly). The numbers are averages over many windows of the validation text, without
+the first half of each window, where there is little past to choose from.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
+
+import matplotlib
+import torch
+from data import load_data, windows
+from model import attention_weights
+from sample import load
+from shared import options
+from shared.console import say, table
+from shared.device import setup
+from shared.errors import BadInput, cli
+from shared.runlog import RunLog, run_folder
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@torch.no_grad()
+def attention_maps(model, idx):
+    """The attention weights of every layer and head: tokens [B, T] -> [L, B, H, T, T]."""
+    maps = []
+
+    def look(attn, args, output):
+        q, k = attn.split(attn.query(args[0])), attn.split(attn.key(args[0]))
+        maps.append(attention_weights(q, k))
+
+    hooks = [block.attn.register_forward_hook(look) for block in model.blocks]
+    model.eval()
+    model(idx)
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps)
+
+
+def habits(maps, idx) -> list[dict]:
+    """What each head does on average: maps [L, B, H, T, T] of tokens [B, T] -> one row for each layer and head."""
+    L, _, H, T, _ = maps.shape
+    late = slice(T // 2, T)  # positions with a past to choose from
+    back = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0).float()  # [T, T]: from row back to column
+    same = (idx[:, None, :, None] == idx[:, None, None, :]).float().tril(-1)  # [B, 1, T, T]: an earlier occurrence
+    rows = []
+    for layer in range(L):
+        weights = maps[layer][:, :, late]  # [B, H, T / 2, T]
+
+        def mean(per_position):
+            return per_position.mean(dim=(0, 2)).tolist()  # [B, H, T / 2] -> one number for each head
+
+        columns = {
+            "chars back": mean((weights * back[late]).sum(-1)),
+            "on itself": mean((weights * (back == 0)[late]).sum(-1)),
+            "on the last": mean((weights * (back == 1)[late]).sum(-1)),
+            "on the same": mean((weights * same[:, :, late]).sum(-1)),
+            "spread over": mean(torch.special.entr(weights).sum(-1).exp()),
+        }
+        for h in range(H):
+            rows.append({"layer.head": f"{layer}.{h}"} | {name: values[h] for name, values in columns.items()})
+    return rows
+
+
+def draw(maps, text: str):
+    """One picture for each head: maps [L, H, T, T] of a text of T characters."""
+    L, H, T, _ = maps.shape
+    labels = [{"\n": "¶", " ": "␣"}.get(char, char) for char in text]
+    fig, axes = plt.subplots(L, H, figsize=(3.1 * H, 3.2 * L), squeeze=False, layout="constrained")
+    for layer in range(L):
+        for head in range(H):
+            axis = axes[layer][head]
+            axis.imshow(maps[layer, head].sqrt(), cmap="Greys", vmin=0, vmax=1)  # the root shows small weights too
+            axis.set_title(f"layer {layer}, head {head}", fontsize=9)
+            axis.set_xticks(range(T), labels, fontsize=5, family="DejaVu Sans Mono")
+            axis.set_yticks(range(T), labels, fontsize=5, family="DejaVu Sans Mono")
+            axis.tick_params(length=0, pad=1)
+    return fig
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", default="default", help="the trained run, a folder under out/ (default: default)")
+    parser.add_argument("--text", help="the text to draw (default: a line of the validation text)")
+    parser.add_argument("--windows", type=int, default=100, help="windows that the table averages (default: 100)")
+    args = parser.parse_args(argv)
+    if args.windows < 1:
+        raise BadInput(f"--windows is {args.windows}: it must be at least 1")
+    setup("cpu")
+    folder = run_folder(__file__, args.run)
+    model, vocab = load(folder / "model.pt")
+    T = model.config.block_size
+    corpus = json.loads((folder / "config.json").read_text("utf-8"))["corpus"]
+    val = load_data(corpus).val
+    text = args.text
+    if text is None:
+        lines = vocab.decode(val).split("\n")
+        text = next((line for line in lines if min(24, T) <= len(line) <= min(36, T)), vocab.decode(val[:min(32, T)]))
+    if not 1 <= len(text) <= T:
+        raise BadInput(f"--text has {len(text)} characters: the model looks at 1 to {T}")
+
+    log = RunLog(__file__, "maps", {**vars(args), "corpus": corpus})
+    idx = windows(val, T)[0][:args.windows]
+    rows = habits(attention_maps(model, idx), idx)
+    table(f"What the heads of {args.run} look at, over {len(idx)} windows of {corpus}", rows)
+    file = log.figure(draw(attention_maps(model, vocab.encode(text)[None])[:, 0], text), "maps")
+    log.finish(text=text, heads=rows)
+    say(f"{text!r}: maps drawn in {file}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,146 @@
+"""Where the norm stands: post-norm, as first published, against pre-norm; at several learning rates, with and without
+warm-up, in a stack of six blocks.
+
+    uv run stages run 05 demos/norm_position.py
+    uv run stages run 05 demos/norm_position.py --n-layer 12 --seeds 1
+
+Two things are measured. The size of each block's gradient before the first step: in a post-norm stack it shrinks from
+the last block down to the first, since every norm on the path divides it; in a pre-norm stack the straight path keeps
+it level (Xiong et al. 2020, figure 3). And the loss after a short training: a rate that pre-norm takes in its stride
+can stop a post-norm stack from learning anything beyond how frequent each character is.
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
+
+import matplotlib
+import torch
+from data import batches, load_data
+from model import GPT, ModelConfig
+from shared import options
+from shared.console import progress, say, table
+from shared.device import setup
+from shared.errors import BadInput, cli
+from shared.runlog import RunLog
+from train import nll
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NORMS = ("pre", "post")
+RATES = (1e-3, 3e-3, 1e-2)
+T, BATCH = 32, 8  # positions, windows in a batch
+LAST = 20  # steps whose mean loss is the result
+
+
+def build(norm: str, n_layer: int, vocab_size: int, seed: int) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(ModelConfig(vocab_size, T, n_embd=32, n_head=2, n_layer=n_layer, norm=norm))
+
+
+def unigram(data) -> float:
+    """The loss of a model that knows how frequent each character is and nothing else, in nats."""
+    share = data.bincount().double() / len(data)
+    return torch.special.entr(share).sum().item()
+
+
+def gradient_sizes(norm: str, n_layer: int, data, vocab_size: int, seeds: int) -> list[float]:
+    """The length of the gradient of each block's last weights before the first step, averaged over seeds -> [n_layer]."""
+    sizes = []
+    for seed in range(seeds):
+        model = build(norm, n_layer, vocab_size, seed)
+        nll(model, *next(batches(data, T, 64, seed))).backward()
+        sizes.append([block.ffn.proj.weight.grad.norm().item() for block in model.blocks])
+    return [mean(values) for values in zip(*sizes, strict=True)]
+
+
+def fit(model, data, steps: int, lr: float, warmup: int, seed: int):
+    """AdamW; the rate rises over `warmup` steps and falls to 0 in a straight line. Yields the loss of each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    stream = batches(data, T, BATCH, seed)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / max(warmup, 1)) * (1 - step / steps)
+        loss = nll(model, *next(stream))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def smooth(values: list[float], width: int = 15) -> list[float]:
+    """The mean of each value and up to `width - 1` before it."""
+    return [mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
+
+
+def draw(curves: dict, sizes: dict, warmups: tuple[int, ...], floor: float):
+    """Gradients by depth, then loss curves, a panel for each learning rate: curves {(norm, warmup, lr): [[loss]]}."""
+    fig, axes = plt.subplots(1, 1 + len(RATES), figsize=(3.3 * (1 + len(RATES)), 3.3), layout="constrained")
+    colours = dict(zip(NORMS, ("tab:blue", "tab:red"), strict=True))
+    for norm in NORMS:
+        axes[0].plot(range(1, len(sizes[norm]) + 1), sizes[norm], marker="o", color=colours[norm], label=f"{norm}-norm")
+    axes[0].set(yscale="log", xlabel="block, from the input up", title="gradient at the start")
+    axes[0].legend()
+    for axis, lr in zip(axes[1:], RATES, strict=True):
+        for norm in NORMS:
+            for warmup, style in zip(warmups, ("-", ":"), strict=True):
+                for i, curve in enumerate(curves[norm, warmup, lr]):
+                    label = f"{norm}{', warm-up' if warmup else ''}" if i == 0 else None
+                    axis.plot(smooth(curve), style, color=colours[norm], linewidth=1, label=label)
+        axis.axhline(floor, color="grey", linewidth=0.8)
+        axis.set(xlabel="step", title=f"learning rate {lr:g}", ylim=(2.2, 4.2))
+    axes[1].set_ylabel("training loss, nats per character")
+    axes[-1].legend(fontsize=8)
+    return fig
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: 150)")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: 3)")
+    parser.add_argument("--n-layer", type=int, default=6, help="blocks (default: 6)")
+    args = parser.parse_args(argv)
+    if args.steps < LAST or args.seeds < 1 or args.n_layer < 1:
+        raise BadInput(f"--steps {args.steps} --seeds {args.seeds} --n-layer {args.n_layer}: "
+                       f"at least {LAST} steps, 1 seed and 1 layer")
+    setup("cpu")
+    data = load_data(args.corpus)
+    log = RunLog(__file__, "norm_position", {**vars(args), "corpus": data.name})
+    floor, warmups = unigram(data.train), (0, args.steps // 3)
+
+    sizes = {norm: gradient_sizes(norm, args.n_layer, data.train, len(data.vocab), args.seeds) for norm in NORMS}
+    table("Length of the gradient at the start, by block", [
+        {"norm": norm, **{str(i): size for i, size in enumerate(sizes[norm], 1)}} for norm in NORMS
+    ])
+
+    rows, curves = [], {}
+    cells = [(norm, warmup, lr) for lr in RATES for warmup in warmups for norm in NORMS]
+    with progress(len(cells) * args.seeds * args.steps, "training") as bar:
+        done = 0
+        for norm, warmup, lr in cells:
+            curves[norm, warmup, lr] = []
+            for seed in range(args.seeds):
+                model, curve = build(norm, args.n_layer, len(data.vocab), seed), []
+                for loss in fit(model, data.train, args.steps, lr, warmup, seed):
+                    curve.append(loss)
+                    done += 1
+                    bar.update(done, loss=loss, text=f"{norm}-norm, lr {lr:g}, warm-up {warmup}")
+                curves[norm, warmup, lr].append(curve)
+            ends = [mean(curve[-LAST:]) for curve in curves[norm, warmup, lr]]
+            rows.append({
+                "lr": f"{lr:g}", "warm-up": warmup, "norm": norm, "loss": mean(ends), "best": min(ends),
+                "worst": max(ends), "stuck": sum(not end < floor - 0.1 for end in ends),
+            })
+    table(f"{data.name}: mean loss of the last {LAST} of {args.steps} steps, {args.seeds} seeds", rows)
+    say(f"stuck: seeds that got no more than 0.1 below {floor:.3f}, the loss of knowing the characters' frequencies")
+    file = log.figure(draw(curves, sizes, warmups, floor), "norm_position")
+    log.finish(rows=rows, gradients=sizes, unigram=floor)
+    say(f"curves drawn in {file}")
+
+
+if __name__ == "__main__":
+    cli(main)
