@@ -215,6 +215,14 @@ def test_the_script_trains_scores_and_saves(text, tmp_path, capsys):
     assert f"{summary['val_loss']:.4f} nats per character" in out, "the last line tells the loss"
 
 
+def test_the_script_trains_on_the_training_text(text, tmp_path):
+    """What only the validation text says cannot be known: on letters that never occurred the loss is above ln V."""
+    text.write_text("abcd" * 450 + "wxyz" * 50, encoding="utf-8")
+    main(["--corpus", str(text), "--name", "apart", *FLAGS])
+    loss = json.loads((tmp_path / "out" / "apart" / "summary.json").read_text("utf-8"))["val_loss"]
+    assert loss > math.log(8), f"a loss of {loss:.3f} on letters that the training text does not have: it was shown them"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,0 +1,62 @@
+"""The loss curve of one run or several: how the validation loss fell, and where the training loss was by then.
+
+    uv run stages run 03 && uv run stages run 03 demos/curve.py
+    uv run stages run 03 demos/curve.py --runs default small
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
+
+from matplotlib.figure import Figure
+from sample import load
+from shared import options
+from shared.console import say, table
+from shared.errors import BadInput, cli
+from shared.runlog import RunLog, read_metrics, run_folder
+
+
+def read(name: str) -> dict:
+    """A finished run: its name, its metrics, its summary, and the loss ln V that it began with."""
+    folder = run_folder(__file__, name)
+    if not (folder / "summary.json").is_file():
+        raise BadInput(f"no finished run in {folder}: train first, with uv run python train.py --name {name}")
+    _, vocab = load(folder / "model.pt")
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    return {"name": name, "rows": read_metrics(folder), "start": math.log(len(vocab)), **summary}
+
+
+def draw(runs: list[dict]) -> Figure:
+    """A line for each run's validation loss, from ln V on, and a dashed one for its training loss."""
+    fig = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = fig.subplots()
+    for run in runs:
+        steps = [row["step"] for row in run["rows"]]
+        losses = [row["val_loss"] for row in run["rows"]]
+        [line] = axes.plot([0, *steps], [run["start"], *losses], "o-", markersize=3, label=f"{run['name']}: validation")
+        axes.plot(steps, [row["train_loss"] for row in run["rows"]], "--", color=line.get_color(), alpha=0.6,
+                  label=f"{run['name']}: one training batch")
+    low = min(row["train_loss"] for run in runs for row in run["rows"])
+    axes.set(xlabel="step", ylabel="loss, nats/char", ylim=(low - 0.1, low + 1.2))
+    axes.legend()
+    return fig
+
+
+def main(argv=None):
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=["default"], help="folders under out/ (default: default)")
+    args = parser.parse_args(argv)
+    runs = [read(name) for name in args.runs]
+    log = RunLog(__file__, "curve", vars(args))
+    table("runs", [{key: run[key] for key in ("name", "corpus", "params", "tokens", "seconds", "val_loss")} for run in runs])
+    file = log.figure(draw(runs), "curve")
+    log.finish()
+    say(f"figure: {file}")
+
+
+if __name__ == "__main__":
+    cli(main)

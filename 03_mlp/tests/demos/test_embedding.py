@@ -1,0 +1,47 @@
+"""The map of the embedding is the one that linear algebra defines."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from demos import embedding
+from shared.errors import BadInput
+
+
+def test_principal_components_are_the_covariance_s_eigenvectors():
+    """The two directions are the leading eigenvectors of the covariance, and the shares their eigenvalues."""
+    torch.manual_seed(0)
+    points = torch.randn(30, 5, dtype=torch.double) * torch.tensor([3.0, 1.0, 2.0, 0.5, 0.1]) + 7
+    found, shares = embedding.principal(points)
+    values, vectors = np.linalg.eigh(np.cov(points.numpy().T))
+    expected = (points.numpy() - points.numpy().mean(0)) @ vectors[:, ::-1][:, :2]
+    for i in range(2):
+        assert np.allclose(found[:, i].abs().numpy(), np.abs(expected[:, i])), f"component {i + 1}, up to its sign"
+    assert np.allclose(shares.numpy(), values[::-1][:2] / values.sum()), "shares of the variance"
+
+
+def test_neighbours_by_angle():
+    """A point's neighbours are those in the same direction, however long, and never the point itself."""
+    points = torch.tensor([[1.0, 0.0], [5.0, 0.5], [0.0, 1.0], [-1.0, 0.0], [1.0, 1.1]])
+    assert embedding.neighbours(points, 2).tolist()[0] == [1, 4], "by angle: 6 degrees, then 48"
+    assert embedding.neighbours(points, 4).tolist()[3] == [2, 4, 1, 0], "opposite directions come last"
+
+
+def test_groups():
+    """Vowels, consonants, capitals and the rest; chance is the share of one's own group among the others."""
+    assert [embedding.group(char) for char in "ezQ,\n"] == ["vowels", "consonants", "capitals", "others", "others"]
+    nearest = torch.tensor([[1], [0], [3], [0]])  # of a, e, b, A
+    rows = embedding.same_group("aebA", nearest)
+    assert rows["vowels"] == {"found": 1.0, "by chance": pytest.approx(1 / 3)}
+    assert rows["consonants"] == {"found": 0.0, "by chance": 0.0}
+
+
+def test_the_demo_runs(trained, out, capsys):
+    """The demo reads a run and draws every character."""
+    embedding.main(["--run", "tiny", "--chars", "at "])
+    assert "vowels" in json.loads((out / "embedding" / "summary.json").read_text("utf-8"))["same_group"]
+    assert (out / "embedding" / "embedding.png").stat().st_size > 5000
+    assert "␣" in capsys.readouterr().out, "the space has a visible name"
+    with pytest.raises(BadInput, match="'Z' is not among"):
+        embedding.main(["--run", "tiny", "--chars", "Z"])
