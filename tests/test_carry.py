@@ -346,7 +346,8 @@ def test_work_in_progress_in_a_later_stage_stays_there(course):
     assert (course / "04_d/model.py").read_text("utf-8") == edit(COURSE["04_d"]["model.py"], FIX)
 
 
-def test_line_ends_and_blank_lines_are_kept(course, capsys):
+def test_line_ends_blank_lines_and_modes_are_kept(course, capsys):
+    (course / "05_e/model.py").chmod(0o755)
     for stage in ("04_d", "05_e"):
         text = COURSE[stage]["model.py"].replace("class GPT", "\n\nclass GPT").rstrip("\n")
         (course / stage / "model.py").write_bytes(text.encode())
@@ -355,9 +356,9 @@ def test_line_ends_and_blank_lines_are_kept(course, capsys):
     run("2")
     for stage in ("04_d", "05_e"):
         wanted = edit(COURSE[stage]["model.py"], FIX, ("return GPT()", "return GPT(1)"))
-        assert (course / stage / "model.py").read_bytes().decode() == wanted.replace(
-            "class GPT", "\n\nclass GPT"
-        ).rstrip("\n")
+        wanted = wanted.replace("class GPT", "\n\nclass GPT").rstrip("\n")
+        assert (course / stage / "model.py").read_bytes().decode() == wanted
+    assert (course / "05_e/model.py").stat().st_mode & 0o777 == 0o755
 
 
 def test_windows_line_ends_are_kept(course):

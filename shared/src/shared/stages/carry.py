@@ -16,8 +16,7 @@ from pathlib import Path
 from shared.console import say, table
 from shared.errors import BadInput
 from shared.runlog import write
-from shared.stages.definitions import WHOLE
-from shared.stages.merge import CARRIED, CONFLICT, DROPPED, KEPT, MERGED, SKIPPED, changed_names, merge
+from shared.stages.merge import CARRIED, CONFLICT, MERGED, changed_names, merge
 from shared.stages.repo import Stage, find, root, stages
 
 MARKERS = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
@@ -120,9 +119,8 @@ def step(tree: Tree, state: State, onto: Stage) -> list[dict]:
         rows += [{"stage": onto.name, "file": file, "definition": name, "result": found[name]} for name in found]
         if text != ours:
             merged[target] = text
-        if found and found.get(WHOLE) not in (DROPPED, KEPT, SKIPPED):
-            kept = changed if only is None else [name for name in changed if name in only]
-            names[file] = [name for name in kept if found.get(name) != DROPPED]
+        if found:
+            names[file] = [name for name in changed if only is None or name in only]
     for path, text in merged.items():
         tree.put(path, text)
     state.at, state.names = onto.name, names
