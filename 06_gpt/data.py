@@ -6,7 +6,6 @@ than the memory. Documents are separated by `<|endoftext|>` in the text and by o
 
 import itertools
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,20 @@ import numpy as np
 import torch
 from shared import corpus
 from shared.errors import BadInput
+from shared.runlog import write
 from tokenizer import END, train_tokenizer
 
 
 def split(text: str) -> tuple[str, str]:
-    """The first 90 % of the characters to train on, the rest to validate on.
+    """The first 90 % of the characters to train on, the rest to validate on; no cut goes through an `<|endoftext|>`.
 
     By position, before any window is cut: a random split of windows would put nearly the same stretch of text
     on both sides, and the validation loss would reward learning by heart.
     """
     cut = int(0.9 * len(text))
+    mark = text.find(END, max(0, cut - len(END) + 1), cut + len(END) - 1)
+    if mark >= 0:
+        cut = mark + len(END)
     return text[:cut], text[cut:]
 
 
@@ -39,9 +42,8 @@ def write_tokens(path: Path, text: str, tokenizer):
                 raise BadInput(f"the text holds {END}, but its tokenizer was made without: train a new one")
             ids.append(tokenizer.end)
         ids.extend(tokenizer.encode(document))
-    partial = path.with_suffix(f".{os.getpid()}")  # processes that write the same file must not meet
-    np.array(ids, dtype=np.uint16).tofile(partial)
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, np.array(ids, dtype=np.uint16).tobytes())
 
 
 def read_tokens(path: Path) -> torch.Tensor:
@@ -75,7 +77,7 @@ def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, sta
     for batch in itertools.count(start):
         turn, place = divmod(batch, per_pass)
         if place == 0 or batch == start:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % 2**63)
             # Cut at other places in each pass, so that every token is sometimes early in its window and sometimes late.
             offset = torch.randint(block_size, (1,), generator=generator).item()
             x, y = windows(data[offset:], block_size)
@@ -108,17 +110,19 @@ def load_data(name: str | None, folder: Path, kind: str = "char", vocab_size: in
     """The corpus called `name`, split, encoded and written to train.bin and val.bin in `folder`.
 
     The tokenizer is learned from the training text, or given. Characters are the exception: a character that only the
-    validation text has must have an id as well.
+    validation text has must have an id as well. Raises BadInput for a text that leaves nothing on one side.
     """
     source = corpus.load(name)
     train, val = split(source.text)
+    plain = val.replace(END, "")
+    if not (train and plain):
+        raise BadInput(f"a text of {len(source.text)} characters cannot be split: use a longer text")
     tokenizer = tokenizer or train_tokenizer(kind, source.text if kind == "char" else train, vocab_size)
     write_tokens(folder / "train.bin", train, tokenizer)
     write_tokens(folder / "val.bin", val, tokenizer)
     train_ids, val_ids = read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
-    plain = val.replace(END, "")
     # The first token is never predicted, so its characters are not counted either.
-    predicted = len(plain) - len(tokenizer.decode(val_ids[:1].tolist()))
+    predicted = len(plain) - len(tokenizer.decode(val_ids[:1].tolist()).replace(END, ""))
     return Dataset(
         source.name, tokenizer, train_ids, val_ids,
         tokens_per_char=(len(val_ids) - 1) / max(predicted, 1), bytes_per_char=len(plain.encode("utf-8")) / len(plain),
