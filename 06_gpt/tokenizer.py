@@ -125,18 +125,16 @@ def learn_tokens(text: str, n_tokens: int) -> list[bytes]:
     heapq.heapify(heap)
 
     tokens = [bytes([byte]) for byte in range(256)]
-    ids = {token: i for i, token in enumerate(tokens)}
     while len(tokens) < n_tokens and heap:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:  # the count fell since this entry was made: put it back where it belongs now
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        # subtle: "a" + "bc" and "ab" + "c" are the same bytes and must be one token, or decoding has two answers.
-        token = tokens[pair[0]] + tokens[pair[1]]
-        new = ids.setdefault(token, len(tokens))
-        if new == len(tokens):
-            tokens.append(token)
+        # subtle: no other pair will ever spell this token, "ab" + "c" as well as "a" + "bc". Equal bytes that no merge
+        # joins to their surroundings are cut alike at every step, so all of them go the same way.
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
         touched = set()
         for i in where.pop(pair):
             old, pieces[i] = pieces[i], merge(pieces[i], pair, new)
