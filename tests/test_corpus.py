@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from shared import corpus
+from shared import corpus, python_docs
 from shared.errors import BadInput
 
 TEXT = ("To be, or not to be: that is the question\r\n" * 4000).encode()  # 172 kB: several reads; newlines that matter
@@ -171,7 +171,7 @@ def test_network_refused_and_page_not_found(cache, server, monkeypatch):
 
 
 def test_without_a_name_the_fallback_is_python_docs_and_one_line_says_so(cache, server, capsys, monkeypatch):
-    monkeypatch.setattr(corpus, "DOCS_CHARACTERS", 10_000)
+    monkeypatch.setattr(python_docs, "CHARACTERS", 10_000)
     server.status = 503
     fallback = corpus.load()
     assert fallback == corpus.load("python-docs")
@@ -274,16 +274,16 @@ def test_a_file_of_ones_own(tmp_path):
 
 def test_python_docs_is_large_plain_and_the_same_whatever_was_imported():
     text = corpus.load("python-docs").text
-    assert len(text) == corpus.DOCS_CHARACTERS
+    assert len(text) == python_docs.CHARACTERS
     assert set(text) <= {"\n", *map(chr, range(32, 127))}, "a character outside printable ASCII"
     from pydoc_data.topics import topics
 
-    held = [name for name, topic in topics.items() if corpus.ascii_text(topic) in text]
+    held = [name for name, topic in topics.items() if python_docs.plain(topic) in text]
     assert len(held) > len(topics) / 3, "pydoc's topics are missing"
     assert "BadInput" not in text, "only the standard library belongs here"
     code = (
-        "import hashlib, json, xml.dom.minidom, asyncio; json.__doc__ = 'changed'; from shared import corpus;"
-        "print(hashlib.sha256(corpus.python_docs().encode()).hexdigest())"
+        "import hashlib, json, xml.dom.minidom, asyncio; json.__doc__ = 'changed'; from shared import python_docs;"
+        "print(hashlib.sha256(python_docs.text().encode()).hexdigest())"
     )
     found = subprocess.run(
         [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True,
@@ -292,13 +292,25 @@ def test_python_docs_is_large_plain_and_the_same_whatever_was_imported():
     assert found == hashlib.sha256(text.encode()).hexdigest(), "the text depends on import state or hash order"
 
 
-def test_ascii_text_and_docstrings_by_hand(tmp_path):
-    assert corpus.ascii_text("“Café” – it’s\t• x  \nnaïve → end\n\n") == '"Cafe" - it\'s   * x\nnaive  end\n\n'
-    assert corpus.ascii_text("→\n") == ""
+def test_python_docs_of_a_small_library(tmp_path, monkeypatch):
+    library = tmp_path / "tests" / "lib"  # where Python lies says nothing about its modules
+    for file in ("json/decoder.py", "json/tests/test_x.py", "textwrap.py", "mine.py", "this.py"):
+        (library / file).parent.mkdir(parents=True, exist_ok=True)
+        (library / file).write_text(f'"""Doc of {file}."""\n', encoding="utf-8")
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # left out by some distributions
+    assert sorted(python_docs.text().split("\n\n")) == ["", "Doc of json/decoder.py.", "Doc of textwrap.py."]
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    refused("python-docs", "no documentation", "another corpus")
+
+
+def test_plain_text_and_docstrings_by_hand(tmp_path):
+    assert python_docs.plain("“Café” – it’s\t• x  \nnaïve → end\n\n") == '"Cafe" - it\'s   * x\nnaive  end\n\n'
+    assert python_docs.plain("→\n") == ""
     module = tmp_path / "module.py"
     module.write_text(
         '"""Module."""\n\ndef f():\n    """F.\n\n      indented\n    back\n    """\n\nclass C:\n    """C."""\n\n'
         '    async def m(self):\n        """M."""\n\ndef g():\n    "no doc" + "string"\n',
         encoding="utf-8",
     )
-    assert corpus.docstrings(module) == "Module.\n\nF.\n\n  indented\nback\n\nC.\n\nM."
+    assert python_docs.docstrings(module) == "Module.\n\nF.\n\n  indented\nback\n\nC.\n\nM."

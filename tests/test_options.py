@@ -54,8 +54,9 @@ def test_no_flags_give_the_dataclass_itself():
 def test_every_kind_of_field_is_read():
     argv = "--seed 2 --n-head 8 --lr 1e-3 --norm batch --top-k 5 --compile --out a/b --notes y --sizes 7".split()
     assert parsed(argv) == Config(
-        vocab_size=65, seed=2, n_head=8, lr=1e-3, norm="batch", top_k=5, compile=True, out=Path("a/b"), notes="y", sizes=7
-    )
+        seed=2, vocab_size=65, n_head=8, lr=1e-3, norm="batch", top_k=5,
+        compile=True, out=Path("a/b"), notes="y", sizes=7,
+    )  # fmt: skip
     assert parsed(["--norm", "None"]).norm is None
     assert parsed(["--notes", "none"]).notes == "none", "only a field that may be None reads the word as None"
     assert parsed(["--top-k", "5", "--top-k", "none", "--no-compile"]) == Config(vocab_size=65)

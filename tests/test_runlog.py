@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.errors import BadInput
-from shared.runlog import RunLog, read_metrics, write
+from shared.runlog import RunLog, read_metrics, run_folder, write
 
 matplotlib.use("Agg")
 
@@ -66,6 +66,11 @@ def test_stages_out_moves_the_runs(stage, tmp_path, monkeypatch):
     assert not (stage / "out").exists()
 
 
+def test_where_a_run_is_can_be_asked_without_starting_it(stage):
+    assert run_folder(stage / "demos" / "sweep.py", "x") == stage / "out" / "x"
+    assert not (stage / "out").exists()
+
+
 def test_a_config_may_be_built_of_dataclasses(stage):
     @dataclass
     class Model:
@@ -104,7 +109,8 @@ def test_resuming_where_nothing_is_starts_empty(stage):
 def test_a_run_name_is_a_plain_folder_name(stage, name):
     with pytest.raises(BadInput, match="run name"):
         RunLog(stage / "train.py", name)
-    assert sorted(path.name for path in stage.parent.rglob("*")) == ["06_gpt", "demos", "pyproject.toml", "sweep.py", "train.py"]
+    found = sorted(path.name for path in stage.parent.rglob("*"))
+    assert found == ["06_gpt", "demos", "pyproject.toml", "sweep.py", "train.py"], "a folder was made all the same"
 
 
 def test_a_folder_that_cannot_be_written_to(stage):

@@ -10,27 +10,22 @@ The first two are looked for in $STAGES_DATA, then in the user's cache folder, t
 way, the bytes must have the checksum below: a number measured on a text is worth nothing if the text differs.
 """
 
-import ast
 import hashlib
 import http.client
 import os
-import re
 import sys
-import sysconfig
-import unicodedata
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import Progress
 
+from shared import python_docs
 from shared.console import console, say
 from shared.errors import BadInput
 from shared.runlog import write
 
 TIMEOUT = 15  # seconds without a byte before a download is given up
-DOCS_CHARACTERS = 1_200_000  # python-docs is cut here: about the size of Tiny Shakespeare
-UNDOCUMENTED = {"this", "antigravity", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"}  # no prose, or left out
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def load(name: str | None = None) -> Corpus:
             say(f"corpus: python-docs instead of shakespeare: {error}")
             return load("python-docs")
     if name == "python-docs":
-        return Corpus(name, python_docs())
+        return Corpus(name, python_docs.text())
     if name in SOURCES:
         return Corpus(name, published(SOURCES[name]).decode("utf-8"))
     return Corpus(name, read_text(Path(name)))
@@ -172,53 +167,3 @@ def download(source: Source) -> bytes:
     if not right(data, source):
         raise BadInput(f"{source.url} is not the text this course uses (wrong checksum): {remedy}")
     return bytes(data)
-
-
-def python_docs() -> str:
-    """The documentation inside CPython: pydoc's topics and the standard library's docstrings, as plain ASCII.
-
-    Sources are parsed, not imported, so the text depends on the Python that is installed and on nothing else.
-    Documents come in the order of their names' checksums, which mixes topics and modules: the last tenth, on which
-    a model is validated, resembles the rest. Raises BadInput where Python came without its sources.
-    """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
-        topics = {}
-    library = Path(sysconfig.get_path("stdlib"))
-    documents = {f"topic {name}": text for name, text in topics.items()}
-    for name in sys.stdlib_module_names - UNDOCUMENTED:
-        for file in (library / f"{name}.py", *(library / name).rglob("*.py")):
-            if file.is_file() and not {"test", "tests"} & set(file.parts):
-                documents[file.relative_to(library).as_posix()] = file
-    parts, length = [], 0
-    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        document = documents[name]
-        parts.append(ascii_text(docstrings(document) if isinstance(document, Path) else document))
-        length += len(parts[-1])
-        if length >= DOCS_CHARACTERS:  # parsing is what takes time
-            break
-    text = "".join(parts)[:DOCS_CHARACTERS]
-    if not text:
-        raise BadInput(f"no documentation under {library}: choose another corpus")
-    return text
-
-
-def docstrings(file: Path) -> str:
-    """The docstrings of a module and of its classes and functions, in the order of the source."""
-
-    def visit(node):
-        yield ast.get_docstring(node) or ""
-        for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield from visit(child)
-
-    return "\n\n".join(text.strip() for text in visit(ast.parse(file.read_bytes())) if text)
-
-
-def ascii_text(text: str) -> str:
-    """`text` in printable ASCII and newlines: quotes and dashes replaced, accents dropped, the rest left out."""
-    text = text.expandtabs().translate(str.maketrans("‘’“”–—•", "''\"\"--*"))
-    text = re.sub(r"[^\n -~]", "", unicodedata.normalize("NFKD", text))
-    text = re.sub(r" +\n", "\n", text).strip()
-    return f"{text}\n\n" if text else ""
