@@ -142,3 +142,19 @@ def test_ctrl_c_gives_the_script_time_to_save(course, whole_group):
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "checkpoint saved\n", "")
+
+
+def test_run_reads_paths_where_they_were_typed(course):
+    """`stages run 1 --corpus my.txt` means the my.txt of the folder one stands in, not of the stage's."""
+    script = "import sys\nfrom shared.corpus import load\n\nif __name__ == '__main__':\n    print(load(sys.argv[1]).text)\n"
+    write(course, {"01_first/read.py": script, "texts/my.txt": "my words"})
+    code, out, err = finish(start(course / "texts", "run", "1", "read", "my.txt"))
+    assert (code, out) == (0, "my words\n"), err
+
+
+def test_run_keeps_a_relative_data_folder(course):
+    """STAGES_DATA=../data is relative to where the command was typed, too."""
+    script = "import os\n\nif __name__ == '__main__':\n    print(os.environ['STAGES_DATA'])\n"
+    write(course, {"01_first/where.py": script, "texts/a.txt": "a"})
+    _, out, err = finish(start(course, "run", "1", "where", STAGES_DATA="texts"))
+    assert os.path.samefile(out.strip(), course / "texts"), err

@@ -79,7 +79,8 @@ def load(name: str | None = None) -> Corpus:
         return Corpus(name, python_docs.text())
     if name in SOURCES:
         return Corpus(name, published(SOURCES[name]).decode("utf-8"))
-    return Corpus(name, read_text(Path(name)))
+    # `stages run` changes to the stage's folder and says where the path was typed.
+    return Corpus(name, read_text(Path(os.environ.get("STAGES_FROM", "."), name)))
 
 
 def read_text(path: Path) -> str:

@@ -36,6 +36,10 @@ def command(args: argparse.Namespace) -> int:
     stage = find(args.stage)
     script, rest = choose(stage, args.words)
     words = [sys.executable, script, *rest]
+    # Paths were typed here, and the script runs there.
+    os.environ["STAGES_FROM"] = os.getcwd()
+    if os.environ.get("STAGES_DATA"):
+        os.environ["STAGES_DATA"] = os.path.abspath(os.environ["STAGES_DATA"])
     os.chdir(stage.path)
     sys.stdout.flush()
     if os.name == "posix":
