@@ -40,7 +40,7 @@ class ModelConfig:
                            "choose an n_head that divides n_embd")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        if self.init_std <= 0:
+        if not self.init_std > 0:
             raise BadInput(f"init_std is {self.init_std}: it must be above 0, or every unit learns the same")
 
 
