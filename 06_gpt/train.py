@@ -45,7 +45,7 @@ class TrainConfig:
     clip: float = 1.0  # longest gradient that is let through; a longer one is scaled down to it
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # of the matrix products; weights stay in float32
     compile: bool = False  # torch.compile: pays on a GPU; on a CPU it takes longer to compile than it saves
-    minutes: float | None = None  # stop after so long, with a checkpoint
+    minutes: float | None = None  # stop after so long, with a checkpoint; a resumed run has as long again
     eval_every: int = 500  # steps between looks at the validation text, each with a sample and a checkpoint
     seed: int = 1337
 
@@ -53,10 +53,19 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "eval_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
-            raise BadInput("lr and clip must be above 0, warmup and weight_decay at least 0")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:  # so that nan is refused as well
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.beta2 < 1:
             raise BadInput(f"beta2 is {self.beta2}: it must be at least 0 and below 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise BadInput(f"minutes is {self.minutes}: it must be above 0, or none for no limit")
+        if self.batch_size % self.accumulate:
+            raise BadInput(f"batch_size {self.batch_size} does not split into accumulate {self.accumulate} equal parts: "
+                           f"choose a multiple of {self.accumulate}")
 
 
 PRESETS = {
@@ -162,8 +171,13 @@ def save(path: Path, model, optimizer, tokenizer, step: int, seconds: float, arg
         "step": step, "seconds": seconds, "args": args,
     }
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except RuntimeError:  # what torch makes of a full disk
+        raise OSError(f"cannot write {path}: is the disk full? The checkpoint before it, if any, is whole") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def arguments(argv):
@@ -234,17 +248,20 @@ def main(argv=None):
     args, model, tokenizer, state = arguments(argv)
     config = options.build(TrainConfig, args)
     device, rank, world = join(args.device, config.seed)
+    data = load_data(args.corpus, run_folder(__file__, args.name), args.tokenizer, args.vocab_size, tokenizer)
+    model = (model or GPT(options.build(ModelConfig, args, vocab_size=len(data.tokenizer)))).to(device)
+    # A text too short for either is refused now, before the record of an earlier run is written over.
+    next(batches(data.train, model.config.block_size, config.batch_size, config.seed))
+    windows(data.val, model.config.block_size)
     log = RunLog(__file__, args.name, vars(args), resume=args.resume)
     record = recorder(log, args.tensorboard and rank == 0)
-    data = load_data(args.corpus, log.folder, args.tokenizer, args.vocab_size, tokenizer)
-    model = (model or GPT(options.build(ModelConfig, args, vocab_size=len(data.tokenizer)))).to(device)
     optimizer = make_optimizer(model, config)
+    torch.manual_seed(config.seed + rank)  # same weights, but each process drops out its own units
     if args.resume:
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
         log.rewind(state["step"])
-    else:
-        torch.manual_seed(config.seed + rank)  # same weights, but each process drops out its own units
+        if rank == 0:
+            torch.set_rng_state(state["rng"])
     engine = torch.compile(model) if config.compile else model
     if world > 1:
         engine = DistributedDataParallel(engine)
@@ -253,11 +270,11 @@ def main(argv=None):
 
     step, per_step = state["step"], config.batch_size * model.config.block_size  # per step: tokens predicted
     begin = time.perf_counter() - state["seconds"]
-    flags = vars(args) | {"resume": False}
+    flags = vars(args) | {"resume": False, "corpus": data.name}  # a default may find another text the next time
 
     def stop() -> bool:
-        late = config.minutes is not None and time.perf_counter() - begin > 60 * config.minutes
-        return interrupt.asked or late
+        here = time.perf_counter() - begin - state["seconds"]
+        return interrupt.asked or (config.minutes is not None and here > 60 * config.minutes)
 
     def keep():
         save(log.folder / "model.pt", model, optimizer, data.tokenizer, step, time.perf_counter() - begin, flags)
