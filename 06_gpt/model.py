@@ -24,7 +24,7 @@ class ModelConfig:
     """The model's shape. Raises BadInput for a shape that cannot be built."""
 
     vocab_size: int
-    block_size: int = 128  # positions the model can look back over
+    block_size: int = 64  # positions the model can look back over
     n_embd: int = 128  # channels of each position's vector
     n_head: int = 2  # attention heads, each on its own n_embd / n_head channels; few wide ones are faster on a CPU
     n_layer: int = 4  # blocks: each one attends once and thinks once

@@ -35,10 +35,10 @@ from torch.nn.parallel import DistributedDataParallel
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 1800  # optimiser steps
+    steps: int = 3000  # optimiser steps
     batch_size: int = 16  # windows per step, over all micro-batches and processes
     accumulate: int = 1  # micro-batches a step is split into, when the whole batch does not fit into memory
-    lr: float = 4e-3  # highest learning rate
+    lr: float = 2e-3  # highest learning rate
     warmup: int = 100  # steps over which the learning rate rises to it; from there it falls to 0 along a cosine
     weight_decay: float = 0.1  # pull of the matrices towards 0, as a share of the learning rate
     beta2: float = 0.99  # memory of AdamW's second moment; small batches are noisy and want a long one
@@ -46,7 +46,7 @@ class TrainConfig:
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # of the matrix products; weights stay in float32
     compile: bool = False  # torch.compile: pays on a GPU; on a CPU it takes longer to compile than it saves
     minutes: float | None = None  # stop after so long, with a checkpoint; a resumed run has as long again
-    eval_every: int = 500  # steps between looks at the validation text, each with a sample and a checkpoint
+    eval_every: int = 1000  # steps between looks at the validation text, each with a sample and a checkpoint
     seed: int = 1337
 
     def __post_init__(self):
