@@ -5,6 +5,7 @@
 """
 
 import argparse
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,13 +77,12 @@ def load(path: Path, device="cpu"):
     """A checkpoint that `train.py` wrote -> (model, vocabulary). Raises BadInput when there is none or it is damaged."""
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}: train first, with uv run python train.py")
+    content = io.BytesIO(path.read_bytes())  # read apart from the rest: what fails from here on is damage
     try:
-        state = torch.load(path, map_location=device, weights_only=True)  # weights only: a checkpoint runs no code
+        state = torch.load(content, map_location=device, weights_only=True)  # weights only: a checkpoint runs no code
         model = MLP(ModelConfig(**state["config"])).to(device)
         model.load_state_dict(state["model"])
         return model, Vocabulary(state["chars"])
-    except OSError:
-        raise
     except Exception as error:  # damage can show anywhere: in the archive, the pickle, the names or the shapes
         raise BadInput(f"{path} is damaged or from another version ({type(error).__name__}): train again") from None
 
