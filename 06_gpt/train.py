@@ -64,16 +64,16 @@ class TrainConfig:
         if self.minutes is not None and not self.minutes > 0:
             raise BadInput(f"minutes is {self.minutes}: it must be above 0, or none for no limit")
         if self.batch_size % self.accumulate:
-            raise BadInput(f"batch_size {self.batch_size} does not split into accumulate {self.accumulate} equal parts: "
+            raise BadInput(f"batch_size {self.batch_size} does not split into {self.accumulate} micro-batches: "
                            f"choose a multiple of {self.accumulate}")
 
 
 PRESETS = {
     "long": {"name": "long", "steps": 4000, "batch_size": 32, "n_embd": 192, "n_head": 3, "dropout": 0.1},
     "gpt2": {
-        "name": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "dropout": 0.1, "init_std": 0.02,
-        "tokenizer": "bpe", "vocab_size": 50257, "lr": 6e-4, "batch_size": 480, "accumulate": 40, "beta2": 0.95,
-        "warmup": 2000, "steps": 600_000,
+        "name": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "dropout": 0.1,
+        "init_std": 0.02, "tokenizer": "bpe", "vocab_size": 50257, "lr": 6e-4, "batch_size": 480, "accumulate": 40,
+        "beta2": 0.95, "warmup": 2000, "steps": 600_000,
     },
 }
 
