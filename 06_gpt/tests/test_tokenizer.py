@@ -11,9 +11,9 @@ import tokenizers
 from shared.errors import BadInput
 from tokenizer import END, PATTERN, BPETokenizer, CharTokenizer, from_state, learn_tokens, merge, train_tokenizer
 
-PROSE = """It was the baker's third attempt, and the bread still wouldn't rise. "We'll try again," she said; they'd tried
-twelve times in 2019 alone.  The others watched the oven, the clock, the street - anything but the bread.\r\n\tAt four
-it rose. Nobody cheered: they were tired, the baker's boy was asleep, and the cat had eaten the butter!!! (All of it.)
+PROSE = """It was the baker's third attempt, and the bread still wouldn't rise. "We'll try again," she said; they'd
+tried twelve times in 2019 alone.  The others watched the oven, the clock, the street - anything but the bread.\r\n
+\tAt four it rose. Nobody cheered: they were tired, the baker's boy was asleep, and the cat had eaten the butter!!! (All of it.)
 """ * 2
 FOREIGN = "Straße und Öl, naïve café; 東京都は東京です。 Привет, привет! ελληνικά 🙂🙂👩‍🚀 e\u0301e\u0301  \u00a0\u3000x\n\n\n" * 3
 TIES = "zebra,apple;mango!kiwi?zebra.mango,apple|kiwi-ab;ba,abba:baab,abab/baba,bbaa,aabb"  # no spaces: see below
@@ -62,7 +62,7 @@ def characters_of_bytes() -> dict[int, str]:
 
 
 def hugging_face(text: str, n_tokens: int):
-    """Hugging Face's byte-level BPE trained on the same text -> (tokens as bytes, a function text -> pieces as bytes)."""
+    """Hugging Face's byte-level BPE trained on the text -> (its tokens, a function that cuts a text into tokens)."""
     byte_of = {char: byte for byte, char in characters_of_bytes().items()}
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -146,7 +146,7 @@ def test_training_equals_counting_again_and_again(text):
     """The merges are those of a trainer that recounts the whole text for each of them, up to the last possible one."""
     ours, slow = learn_tokens(text, 10_000), slow_tokens(text, 10_000)
     for i, (a, b) in enumerate(zip(ours, slow, strict=False)):
-        assert a == b, f"merge {i - 256} is {a!r} instead of {b!r}: a count that is out of date, or another rule for ties"
+        assert a == b, f"merge {i - 256} is {a!r}, not {b!r}: a count that is out of date, or another rule for ties"
     assert len(ours) == len(slow), "training ends when every piece is one token, and not before"
     assert learn_tokens(text, 300) == ours[:300], "a smaller vocabulary is the beginning of a larger one"
 
@@ -226,7 +226,8 @@ def test_rank_decides_and_not_position():
 def test_any_text_comes_back(bpe):
     """Whatever the text, of any language, emoji, lone spaces or nothing at all: decoding its tokens gives it back."""
     rng = random.Random(5)
-    texts = ["", " ", "   ", "\n\n \t", "\x00\x7f", "\u200d\ufeff\U0010ffff", "👩‍🚀🏳️‍🌈", "e\u0301", FOREIGN, PROSE, RUNS]
+    texts = ["", " ", "   ", "\n\n \t", "\x00\x7f", "\u200d\ufeff\U0010ffff", "👩‍🚀🏳️‍🌈", "e\u0301"]
+    texts += [FOREIGN, PROSE, RUNS]
     texts += ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(200))
               for _ in range(10)]
     for tokenizer in (bpe, train_tokenizer("byte", "", 0)):
