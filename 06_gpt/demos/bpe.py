@@ -1,0 +1,129 @@
+"""Byte-pair encoding: how fast it is learned, how much it shortens a text, what the tokens look like.
+
+    uv run stages run 06 demos/bpe.py
+    uv run stages run 06 demos/bpe.py --vocab-size 2048 --corpus python-docs
+
+Times are of the processor: Python and the encoder use one core, and what else the machine does then does not count. The naive
+trainer recounts all pairs of the text for every merge. It is stopped after a few merges; the time that it would need
+for all of them is extrapolated from its time per token read and the length of the text at every vocabulary size.
+"""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
+
+import matplotlib
+import regex
+from data import split
+from shared import corpus, options
+from shared.console import say, table
+from shared.errors import BadInput, cli
+from shared.runlog import RunLog
+from tokenizer import END, PATTERN, BPETokenizer, learn_tokens, merge
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SENTENCE = "If we must be conquered, let the unwilling kings remember our forgetfulness."
+
+
+def naive(text: str, n_tokens: int):
+    """`learn_tokens` as it is first written: for every merge, count all pairs, then rewrite the whole text.
+
+    -> the tokens, and how many tokens of text it read on the way.
+    """
+    pieces = [list(piece.encode("utf-8")) for part in text.split(END) for piece in regex.findall(PATTERN, part)]
+    tokens, read = [bytes([byte]) for byte in range(256)], 0
+    while len(tokens) < n_tokens:
+        read += sum(map(len, pieces))
+        counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:]))
+        if not counts:
+            break
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        pieces = [merge(piece, pair, len(tokens)) for piece in pieces]
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return tokens, read
+
+
+def timed(function, *args):
+    """-> what it returns, and its seconds of processor time."""
+    begin = time.process_time()
+    result = function(*args)
+    return result, time.process_time() - begin
+
+
+def doublings(first: int, last: int) -> list[int]:
+    """257, 512, 1024, ... up to and with `last`."""
+    sizes = [first, 320, 384]
+    sizes += [2**k for k in range(9, 17)]
+    return sorted({size for size in sizes if size < last} | {last})
+
+
+def draw(rows: list[dict]):
+    fig, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for key, label, style in (("train", "the text it was learned on", "--"), ("val", "text it has not seen", "-")):
+        axis.plot([row["tokens"] for row in rows], [row[key] for row in rows], style, marker="o", label=label)
+    axis.set(xscale="log", xlabel="tokens in the vocabulary", ylabel="bytes per token", ylim=(0, None))
+    ticks = [row["tokens"] for row in rows]
+    axis.set_xticks(ticks, ticks, fontsize=7)
+    axis.minorticks_off()
+    axis.legend()
+    return fig
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens to learn (default: 4096)")
+    parser.add_argument("--naive-merges", type=int, default=5, help="merges of the naive trainer (default: 5)")
+    parser.add_argument("--sentence", default=SENTENCE, help="text to show in tokens")
+    args = parser.parse_args(argv)
+    if not 258 <= args.vocab_size <= 2**16 or args.naive_merges < 1:
+        raise BadInput(f"--vocab-size {args.vocab_size} --naive-merges {args.naive_merges}: 258 to 65536, at least 1")
+    source = corpus.load(args.corpus)
+    train, val = split(source.text)
+    log = RunLog(__file__, "bpe", {**vars(args), "corpus": source.name})
+
+    tokens, seconds = timed(learn_tokens, train, args.vocab_size - 1)  # one place is the special token's
+    (first, read), slow = timed(naive, train, 256 + args.naive_merges)
+    if first != tokens[:len(first)]:
+        raise AssertionError("both trainers must learn the same tokens")
+
+    rows, lengths = [], {}
+    for size in doublings(257, len(tokens) + 1):
+        tokenizer = BPETokenizer(tokens[:size - 1])  # a smaller vocabulary is the beginning of a larger one
+        lengths[size] = len(tokenizer.encode(train))
+        rows.append({"tokens": size, "train": len(train.encode("utf-8")) / lengths[size],
+                     "val": len(val.encode("utf-8")) / len(tokenizer.encode(val))})
+    # Each merge reads the text as short as it is by then: the area under the curve of lengths, by trapezoids.
+    sizes = list(lengths)
+    all_reads = sum((b - a) * (lengths[a] + lengths[b]) / 2 for a, b in zip(sizes, sizes[1:]))
+    estimate = slow / read * all_reads
+
+    table(f"{source.name}: learning {len(tokens) + 1:,} tokens", [
+        {"trainer": "incremental", "merges": len(tokens) - 256, "core seconds": seconds, "how": "measured"},
+        {"trainer": "naive", "merges": len(first) - 256, "core seconds": slow, "how": "measured"},
+        {"trainer": "naive", "merges": len(tokens) - 256, "core seconds": estimate, "how": "extrapolated"},
+    ])
+    table("Bytes per token", rows)
+    for size in [size for size in sizes if size in (257, 512, 1024, sizes[-1])]:
+        tokenizer = BPETokenizer(tokens[:size - 1])
+        ids = tokenizer.encode(args.sentence)
+        parts = [tokenizer.decode([i]) for i in ids]
+        say(f"{size:>6,} tokens, {len(ids):>3} for the sentence: {'|'.join(parts)}")
+
+    tokenizer = BPETokenizer(tokens)
+    (fast_ids, fast), (slow_ids, plain) = timed(tokenizer.encode, val), timed(tokenizer.encode_slowly, val)
+    if fast_ids != slow_ids:
+        raise AssertionError("both encoders must give the same tokens")
+    say(f"encoding {len(val):,} characters: tiktoken {fast:.3f} s, plain Python {plain:.3f} s, {plain / fast:.0f} times")
+    file = log.figure(draw(rows), "bytes_per_token")
+    log.finish(learn_seconds=seconds, naive_extrapolated=estimate, rows=rows, encode_ratio=plain / fast)
+    say(f"drawn in {file}")
+
+
+if __name__ == "__main__":
+    cli(main)
