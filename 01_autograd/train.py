@@ -208,7 +208,7 @@ def draw_field(axes, probability: Callable, points, classes, margin: float, cell
     axes.contourf(x, y, field, levels=np.linspace(0, 1, 9), cmap="RdBu_r", alpha=0.4)
     axes.contour(x, y, field, levels=[0.5], colors="black", linewidths=1.2)
     colours = np.where(np.array(classes) == 1, "#c0392b", "#2471a3")
-    axes.scatter(*np.transpose(points), c=colours, linewidths=0, s=14, zorder=3)
+    axes.scatter(*np.transpose(points), c=colours, linewidths=0, s=14 + 200 / len(points), zorder=3)
     axes.set(aspect="equal", xticks=[], yticks=[])
 
 

@@ -179,6 +179,16 @@ def test_unbroadcast_adds_up_the_copies():
         assert np.array_equal(result, expected), f"{shape}: the copies are not added up"
 
 
+@pytest.mark.parametrize("exponent", [0, 0.5, 1, 2, 3])
+def test_powers_of_zero_have_torchs_slope(exponent):
+    """At zero a power has the slope that torch gives it: infinite for a root, none for x ** 0."""
+    data = np.array([0.0, 2.0])
+    ours, theirs = Tensor(data), torch.tensor(data, requires_grad=True)
+    (ours**exponent).sum().backward()
+    (theirs**exponent).sum().backward()
+    same(ours, theirs, f"x ** {exponent} at 0 and 2")
+
+
 def test_an_entry_picked_twice_gets_both_gradients():
     """Indexing the same row twice sends two gradients back to it: an embedding used twice learns twice."""
     table = Tensor(np.zeros((3, 2)))

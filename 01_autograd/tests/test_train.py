@@ -14,6 +14,7 @@ import tensor
 import train
 from nn import Linear, TensorMLP
 from shared.errors import BadInput
+from shared.runlog import RunLog
 from tensor import Tensor
 from train import AND, CORNERS, XOR, Config, descend, hidden_layer, learn_table, lone_neuron, moons
 
@@ -21,6 +22,12 @@ from train import AND, CORNERS, XOR, Config, descend, hidden_layer, learn_table,
 def rights(w1: float, w2: float, b: float, targets: tuple[int, ...]) -> int:
     """How many corners a neuron with these numbers puts on the right side."""
     return sum((w1 * x1 + w2 * x2 + b > 0) == bool(t) for (x1, x2), t in zip(CORNERS, targets))
+
+
+def test_the_truth_tables_are_pythons():
+    """AND and XOR are what Python's `and` and `^` say of the four corners."""
+    assert AND == tuple(int(a and b) for a, b in CORNERS)
+    assert XOR == tuple(int(a) ^ int(b) for a, b in CORNERS)
 
 
 def test_one_neuron_learns_and():
@@ -35,7 +42,7 @@ def test_one_neuron_learns_and():
 def test_no_neuron_computes_xor():
     """No weights whatever make one neuron compute XOR: its four demands add up to 0 > 0; three of four is the limit."""
     signed = [[(2 * t - 1) * factor for factor in (*corner, 1)] for corner, t in zip(CORNERS, XOR)]
-    # Row i says: signed[i] . (w1, w2, b) > 0. The four left sides add up to nothing, the four right sides to 0.
+    # Row i demands signed[i] . (w1, w2, b) >= 0, and > 0 where the target is 1. Added up, the four demand 0 > 0.
     assert [sum(column) for column in zip(*signed)] == [0, 0, 0], "the four inequalities do not cancel"
     grid = [i / 4 for i in range(-12, 13)]
     best = max(rights(w1, w2, b, XOR) for w1, w2, b in itertools.product(grid, grid, grid))
@@ -58,6 +65,7 @@ def test_one_neuron_is_stuck_on_xor():
     for seed in range(10):
         run = learn_table(*lone_neuron(random.Random(seed)), XOR, steps=300, lr=1.0)
         assert run.best <= 0.75, f"seed {seed}: {run.best:.0%} right is more than a line can have"
+        assert rights(*run.best_weights, XOR) / 4 == run.best, "the weights kept are not those that were best"
         assert run.losses[-1] == pytest.approx(math.log(2), abs=1e-3), f"seed {seed}: not at the lowest loss there is"
         assert min(run.losses) >= math.log(2) - 1e-12, "cross-entropy is convex here: nothing lies below ln 2"
 
@@ -146,6 +154,15 @@ def test_a_curve_beats_the_best_line_on_the_moons():
     assert accuracy["curve"] > 0.97 and 0.8 < accuracy["line"] < 0.92, f"got {accuracy}"
 
 
+def test_the_moons_are_judged_on_points_not_trained_on(tmp_path):
+    """Accuracy is counted on fresh points: after training on only two points it is far from perfect."""
+    config = Config(points=2, noise=0.3, moons_steps=100)
+    points, classes, runs = train.lesson_moons(config, RunLog(tmp_path / "train.py"))
+    for name, run in runs.items():
+        assert train.moons_accuracy(run.model, points, classes) == 1.0, f"{name}: two points are easy to learn"
+        assert run.accuracy < 0.95, f"{name}: {run.accuracy:.1%} after two points: it was judged on what it was shown"
+
+
 SMALL = ["--starts", "2", "--steps", "60", "--moons-steps", "50", "--points", "50"]
 
 
@@ -158,8 +175,6 @@ def test_a_run_leaves_figures_and_numbers(tmp_path, monkeypatch, capsys):
         summary = json.loads((tmp_path / name / "summary.json").read_text("utf-8"))
         summaries.append({key: value for key, value in summary.items() if key not in ("run", "seconds")})
     assert summaries[0] == summaries[1], "the same seed must give the same numbers"
-    other = learn_table(*lone_neuron(random.Random(Config().seed + 1)), AND, steps=1, lr=1.0)
-    assert other.losses != learn_table(*lone_neuron(random.Random(Config().seed)), AND, steps=1, lr=1.0).losses
     assert summaries[0]["xor_neuron_best"] <= 0.75 < summaries[0]["moons_mlp_accuracy"]
     for figure in ("xor.png", "moons.png"):
         png = (tmp_path / "a" / figure).read_bytes()
@@ -170,6 +185,18 @@ def test_a_run_leaves_figures_and_numbers(tmp_path, monkeypatch, capsys):
     screen = capsys.readouterr().out
     assert "% at best" in screen
     assert str(tmp_path / "a") in screen.replace("\n", "")
+
+
+def test_each_seed_gives_its_own_starts(tmp_path):
+    """Every start of every seed begins with other weights, and the same seed begins with the same."""
+
+    def first_losses(seed: int) -> list[float]:
+        log = RunLog(tmp_path / "train.py")
+        runs = train.lesson_xor(Config(seed=seed, starts=3, steps=1), log, "one neuron", lone_neuron)
+        return [run.losses[0] for run in runs]
+
+    assert first_losses(1) == first_losses(1)
+    assert len({*first_losses(1), *first_losses(5)}) == 6, "two starts begin with the same weights"
 
 
 @pytest.mark.parametrize(
