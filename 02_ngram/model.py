@@ -23,7 +23,7 @@ class ModelConfig:
             raise BadInput(f"vocab_size {self.vocab_size}, block_size {self.block_size}: need at least 1 and 0")
         if self.vocab_size ** (self.block_size + 1) >= 2**63:
             power = f"{self.vocab_size} characters to the power of {self.block_size + 1}"
-            raise BadInput(f"{power} do not fit into 64 bits: choose a smaller block_size")
+            raise BadInput(f"{power} do not fit into 64 bits: use a shorter context")
         if not self.add_k > 0:
             raise BadInput(f"add_k is {self.add_k}: it must be above 0, or one unseen n-gram makes a text impossible")
 

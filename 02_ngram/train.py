@@ -132,7 +132,7 @@ def main(argv=None):
         rows.append({
             "order": order, "add-k": add_k, "neural": None, "Kneser-Ney": kneser_ney,
             "perplexity": perplexity(kneser_ney), "bits/char": kneser_ney / math.log(2),
-            "seconds": results[-1]["seconds"],
+            "seconds": round(results[-1]["seconds"], 2),
         })
 
     bigram = NeuralBigram(shapes[1])
