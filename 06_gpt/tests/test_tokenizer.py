@@ -13,7 +13,7 @@ from tokenizer import END, PATTERN, BPETokenizer, CharTokenizer, from_state, lea
 
 PROSE = """It was the baker's third attempt, and the bread still wouldn't rise. "We'll try again," she said; they'd
 tried twelve times in 2019 alone.  The others watched the oven, the clock, the street - anything but the bread.\r\n
-\tAt four it rose. Nobody cheered: they were tired, the baker's boy was asleep, and the cat had eaten the butter!!! (All of it.)
+\tAt four it rose. Nobody cheered: they were tired, the baker's boy was asleep, and the cat had eaten the butter!!!
 """ * 2
 FOREIGN = "Straße und Öl, naïve café; 東京都は東京です。 Привет, привет! ελληνικά 🙂🙂👩‍🚀 e\u0301e\u0301  \u00a0\u3000x\n\n\n" * 3
 TIES = "zebra,apple;mango!kiwi?zebra.mango,apple|kiwi-ab;ba,abba:baab,abab/baba,bbaa,aabb"  # no spaces: see below
