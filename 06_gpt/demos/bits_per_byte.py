@@ -3,10 +3,10 @@
     uv run stages run 06 demos/bits_per_byte.py
     uv run stages run 06 demos/bits_per_byte.py --steps 200 --tokenizers char byte bpe:2048
 
-Every model has the same blocks and takes the same number of steps of the same number of tokens. A byte-pair model reads
-several characters per token, so it sees more text in its steps and further back in its window, and it has more parameters in its
-embedding. Its loss per token is much higher all the same: naming the next word is harder than naming the next letter.
-Divided by the characters that a token stands for, the order is another one.
+Every model has the same blocks and takes the same number of steps of the same number of tokens. A byte-pair model
+reads several characters per token, so it sees more text in its steps and further back in its window, and it has more
+parameters in its embedding. Its loss per token is much higher all the same: naming the next word is harder than naming
+the next letter. Divided by the characters that a token stands for, the order is another one.
 """
 
 import math

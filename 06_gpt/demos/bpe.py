@@ -3,9 +3,9 @@
     uv run stages run 06 demos/bpe.py
     uv run stages run 06 demos/bpe.py --vocab-size 2048 --corpus python-docs
 
-Times are of the processor: Python and the encoder use one core, and what else the machine does then does not count. The naive
-trainer recounts all pairs of the text for every merge. It is stopped after a few merges; the time that it would need
-for all of them is extrapolated from its time per token read and the length of the text at every vocabulary size.
+Times are of the processor: Python and the encoder use one core, and what else the machine does then does not count.
+The naive trainer recounts all pairs of the text for every merge. It is stopped after a few merges; the time that it
+would need for all of them is extrapolated from its time per token read and the text's length at each vocabulary size.
 """
 
 import sys
@@ -55,11 +55,18 @@ def timed(function, *args):
     return result, time.process_time() - begin
 
 
-def doublings(first: int, last: int) -> list[int]:
-    """257, 512, 1024, ... up to and with `last`."""
-    sizes = [first, 320, 384]
-    sizes += [2**k for k in range(9, 17)]
-    return sorted({size for size in sizes if size < last} | {last})
+def all_reads(lengths: dict[int, int]) -> float:
+    """How many tokens the naive trainer reads on its way through {vocabulary size: length of the text}.
+
+    Each merge reads the text as short as it is by then: the area under the curve of lengths, by trapezoids.
+    """
+    sizes = sorted(lengths)
+    return sum((b - a) * (lengths[a] + lengths[b]) / 2 for a, b in zip(sizes, sizes[1:]))
+
+
+def sizes_up_to(last: int) -> list[int]:
+    """Vocabulary sizes to measure: 257, with no merge yet, and then about doubling, up to and with `last`."""
+    return sorted({size for size in (257, 320, 384, *(2**k for k in range(9, 17))) if size < last} | {last})
 
 
 def draw(rows: list[dict]):
@@ -93,15 +100,13 @@ def main(argv: list[str] | None = None) -> None:
         raise AssertionError("both trainers must learn the same tokens")
 
     rows, lengths = [], {}
-    for size in doublings(257, len(tokens) + 1):
+    for size in sizes_up_to(len(tokens) + 1):
         tokenizer = BPETokenizer(tokens[:size - 1])  # a smaller vocabulary is the beginning of a larger one
         lengths[size] = len(tokenizer.encode(train))
         rows.append({"tokens": size, "train": len(train.encode("utf-8")) / lengths[size],
                      "val": len(val.encode("utf-8")) / len(tokenizer.encode(val))})
-    # Each merge reads the text as short as it is by then: the area under the curve of lengths, by trapezoids.
     sizes = list(lengths)
-    all_reads = sum((b - a) * (lengths[a] + lengths[b]) / 2 for a, b in zip(sizes, sizes[1:]))
-    estimate = slow / read * all_reads
+    estimate = slow / read * all_reads(lengths)
 
     table(f"{source.name}: learning {len(tokens) + 1:,} tokens", [
         {"trainer": "incremental", "merges": len(tokens) - 256, "core seconds": seconds, "how": "measured"},
