@@ -97,6 +97,7 @@ def main(argv=None):
     data = load_data(args.corpus)
     model = GPT(options.build(ModelConfig, args, vocab_size=len(data.vocab))).to(device)
     train_data, val_data = data.train.to(device), data.val.to(device)
+    windows(val_data, model.config.block_size)  # refuses a text that is too short to be scored before the training
     params = sum(p.numel() for p in model.parameters())
     say(f"{data.name}: {len(train_data):,} training and {len(val_data):,} validation tokens, {params:,} parameters")
     log = RunLog(__file__, args.name, {**vars(args), "corpus": data.name})

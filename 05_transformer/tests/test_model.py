@@ -106,6 +106,7 @@ def test_weights_are_a_distribution_over_the_past():
     q, k = torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)  # B = 2, H = 3, T = 6, D = 4
     weights = attention_weights(q, k)
     assert weights.shape == (2, 3, 6, 6), "one weight for each pair of positions, in each head of each sequence"
+    assert not weights.isnan().any(), "the first position has nothing to look at: every position may see itself"
     assert (weights[..., future_mask(6)] == 0).all(), "weight lies on the future: mask with -inf, before the softmax"
     torch.testing.assert_close(
         weights.sum(-1), torch.ones(2, 3, 6),
