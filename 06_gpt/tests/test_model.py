@@ -372,8 +372,8 @@ def test_first_weights_have_their_spread(init_std):
             continue
         std = init_std / math.sqrt(2 * L) if name.endswith("proj.weight") else init_std
         assert p.std().item() == pytest.approx(std, rel=0.05), (
-            f"{name} starts with spread {p.std().item():.4f}, not {std:.4f}: the outputs of attention and feed-forward, "
-            "and nothing else, are scaled by 1 / sqrt(2L)"
+            f"{name} starts with spread {p.std().item():.4f}, not {std:.4f}: the outputs of attention and feed-forward "
+            "are scaled by 1 / sqrt(2L), and nothing else is"
         )
         slack = 5 * std / math.sqrt(p.numel())
         assert abs(p.mean().item()) < slack, f"{name} has mean {p.mean().item():.5f}, not 0"
