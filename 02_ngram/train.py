@@ -87,6 +87,31 @@ def count(name: str, model, x, y, val_x, val_y) -> dict:
     return result(name, model, val_x, val_y, len(y), time.perf_counter() - start)
 
 
+def count_orders(shapes, x, y, val_x, val_y) -> list[dict]:
+    """Both counting models of every shape: the results of add-k and Kneser-Ney in turn."""
+    results = []
+    for shape in shapes:
+        order = shape.block_size + 1
+        name = {1: "unigram", 2: "bigram", 3: "trigram"}.get(order, f"{order}-gram")
+        results.append(count(f"{name}, add-k", NGram(shape), x, y, val_x, val_y))
+        results.append(count(f"{name}, Kneser-Ney", KneserNey(shape), x, y, val_x, val_y))
+    return results
+
+
+def learn(model, x, y, val_x, val_y, config: TrainConfig, log: RunLog) -> dict:
+    """Train the neural bigram under a progress line and score it. Raises BadInput when the loss is infinite or nan."""
+    start = time.perf_counter()
+    with progress(config.steps, "neural bigram") as bar:
+        for step, loss in train(model, x, y, config):
+            if not math.isfinite(loss):
+                raise BadInput(f"the loss is {loss} at step {step}: lower --lr, which is {config.lr:g}")
+            bar.update(step, loss=loss, tokens=step * config.batch_size)
+            if step % 50 == 0 or step == 1:
+                log.metrics(step=step, train_loss=loss)
+    seconds = time.perf_counter() - start
+    return result("neural bigram", model, val_x, val_y, config.steps * config.batch_size, seconds)
+
+
 def distance(a, b, x) -> float:
     """How far two bigrams are apart: the total variation between their answers, averaged over the contexts x [N, T].
 
@@ -95,6 +120,19 @@ def distance(a, b, x) -> float:
     x, times = x[:, -1:].unique(dim=0, return_counts=True)
     variation = (a.probs(x) - b.probs(x)).abs().sum(1) / 2
     return ((variation * times).sum() / times.sum()).item()
+
+
+def summary(counted: list[dict], learned: dict) -> list[dict]:
+    """One row for each order: both smoothings, the neural bigram beside the counted, Kneser-Ney in other units."""
+    rows = []
+    for order, (add_k, kneser_ney) in enumerate(zip(counted[::2], counted[1::2], strict=True), 1):
+        loss = kneser_ney["val_loss"]
+        rows.append({
+            "order": order, "add-k": add_k["val_loss"], "neural": learned["val_loss"] if order == 2 else None,
+            "Kneser-Ney": loss, "perplexity": perplexity(loss), "bits/char": loss / math.log(2),
+            "seconds": round(kneser_ney["seconds"], 2),
+        })
+    return rows
 
 
 def main(argv=None):
@@ -123,38 +161,17 @@ def main(argv=None):
         x, val_x = forget(x, data.vocab.index["\n"]), forget(val_x, data.vocab.index["\n"])
     log = RunLog(__file__, args.name, {**vars(args), "corpus": data.name})
 
-    results, rows = [], []
-    for order, shape in enumerate(shapes, 1):
-        name = {1: "unigram", 2: "bigram", 3: "trigram"}.get(order, f"{order}-gram")
-        for kind, model in (("add-k", NGram(shape)), ("Kneser-Ney", KneserNey(shape))):
-            results.append(count(f"{name}, {kind}", model, x, y, val_x, val_y))
-        add_k, kneser_ney = (r["val_loss"] for r in results[-2:])
-        rows.append({
-            "order": order, "add-k": add_k, "neural": None, "Kneser-Ney": kneser_ney,
-            "perplexity": perplexity(kneser_ney), "bits/char": kneser_ney / math.log(2),
-            "seconds": round(results[-1]["seconds"], 2),
-        })
-
+    counted = count_orders(shapes, x, y, val_x, val_y)
     bigram = NeuralBigram(shapes[1])
-    start = time.perf_counter()
-    with progress(config.steps, "neural bigram") as bar:
-        for step, loss in train(bigram, x, y, config):
-            if not math.isfinite(loss):
-                raise BadInput(f"the loss is {loss} at step {step}: lower --lr, which is {config.lr:g}")
-            bar.update(step, loss=loss, tokens=step * config.batch_size)
-            if step % 50 == 0 or step == 1:
-                log.metrics(step=step, train_loss=loss)
-    seconds = time.perf_counter() - start
-    results.append(result("neural bigram", bigram, val_x, val_y, config.steps * config.batch_size, seconds))
-    rows[1]["neural"] = results[-1]["val_loss"]
-
-    for r in results:
-        r["val_bpb"] = data.bits_per_byte(r["val_loss"])
-    table(f"{data.name}: validation nats/char; on the right, Kneser-Ney in detail", rows)
+    learned = learn(bigram, x, y, val_x, val_y, config, log)
+    table(f"{data.name}: validation nats/char; on the right, Kneser-Ney in detail", summary(counted, learned))
     gap = distance(NGram(shapes[1]).fit(x, y), bigram, val_x)
     say(f"counted against neural bigram: total variation {gap:.3f} (0: alike, 1: disjoint)")
+    results = [*counted, learned]
     best = min(results, key=lambda r: r["val_loss"])
     say(f"best: {best['name']}, {best['val_loss']:.4f} nats per character on the validation text")
+    for r in results:
+        r["val_bpb"] = data.bits_per_byte(r["val_loss"])
     ladder = ("bigram, Kneser-Ney", "trigram, Kneser-Ney", "5-gram, Kneser-Ney", "7-gram, Kneser-Ney", "neural bigram")
     log.finish(
         corpus=data.name, seed=config.seed, steps=config.steps,
