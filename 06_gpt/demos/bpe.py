@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     (fast_ids, fast), (slow_ids, plain) = timed(tokenizer.encode, val), timed(tokenizer.encode_slowly, val)
     if fast_ids != slow_ids:
         raise AssertionError("both encoders must give the same tokens")
-    say(f"encoding {len(val):,} characters: tiktoken {fast:.3f} s, plain Python {plain:.3f} s, {plain / fast:.0f} times")
+    say(f"encoding {len(val):,} characters: tiktoken {fast:.3f} s, plain Python {plain:.3f} s, {plain / fast:.0f} x")
     file = log.figure(draw(rows), "bytes_per_token")
     log.finish(learn_seconds=seconds, naive_extrapolated=estimate, rows=rows, encode_ratio=plain / fast)
     say(f"drawn in {file}")

@@ -4,8 +4,9 @@
     uv run stages run 06 demos/init.py --steps 1500 --stds 0.02 0.05 0.08 0.12
 
 Adam moves every weight by about the learning rate per step, whatever the weight's size. A vector that starts small is
-turned around by the first few batches, one that starts large is refined. `turned` says how far: the cosine between a
-character's vector at the start and after the warm-up, averaged over characters; 1 is where it was, 0 anywhere else.
+turned by the first few batches, one that starts large is refined. `kept` says how much of it is left: the cosine
+between a character's vector at the start and after the warm-up, averaged over characters; 1 is all, 0 nothing. The last
+row tells where the spread matters: large matrices with small vectors for tokens and positions.
 """
 
 import sys
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from data import load_data
 from model import GPT, ModelConfig
 from shared import options
-from shared.console import progress, table
+from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput, cli
 from shared.runlog import RunLog
@@ -26,11 +27,12 @@ from train import TrainConfig, evaluate, make_optimizer, train
 
 
 def build(std: float, embedding: float, args, vocab_size: int) -> GPT:
-    """A model whose matrices start with spread `std`, the token embedding with spread `embedding`."""
+    """A model whose matrices start with spread `std`, the vectors of tokens and positions with spread `embedding`."""
     torch.manual_seed(args.seed)
     model = GPT(options.build(ModelConfig, args, vocab_size=vocab_size, init_std=std))
     with torch.no_grad():
         model.tok_emb.weight *= embedding / std
+        model.pos_emb *= embedding / std  # both, or the larger would drown the smaller
     return model
 
 
@@ -61,11 +63,12 @@ def main(argv: list[str] | None = None) -> None:
             for step, loss in train(model, data.train, config, optimizer, model.config.block_size):
                 bar.update(i * args.steps + step, loss=loss, text=f"std {std:g}")
                 if step == config.warmup:
-                    turned = F.cosine_similarity(model.tok_emb.weight, start, dim=1).mean().item()
+                    kept = F.cosine_similarity(model.tok_emb.weight, start, dim=1).mean().item()
             val_loss = evaluate(model, data.val, precision=config.precision)
-            rows.append({"matrices": std, "embedding": embedding, "turned": turned, "val loss": val_loss})
+            rows.append({"matrices": std, "embedding": embedding, "kept": kept, "val loss": val_loss})
             log.metrics(i, **rows[-1])
-    table(f"{data.name}: {args.n_embd} channels, 1 / sqrt(C) = {args.n_embd**-0.5:.3f}, {args.steps} steps", rows)
+    table(f"{data.name}, {args.steps} steps", rows)
+    say(f"1 / sqrt(C) = {args.n_embd**-0.5:.3f} at {args.n_embd} channels")
     log.finish(corpus=data.name, rows=rows)
 
 

@@ -11,7 +11,7 @@ SMALL = ["--n-layer", "1", "--n-embd", "8", "--n-head", "2", "--block-size", "16
 
 
 def test_the_units_of_a_row_fit_together(text, out):
-    """A row's loss per character is its loss per token over the characters per token; bits per byte is that over ln 2."""
+    """Loss per character is loss per token over characters per token; bits per byte is that over ln 2."""
     names = ["char", "byte", "bpe:280"]
     bits_per_byte.main(["--corpus", str(text), "--steps", "4", "--tokenizers", *names, *SMALL])
     rows = json.loads((out / "bits_per_byte" / "summary.json").read_text("utf-8"))["rows"]

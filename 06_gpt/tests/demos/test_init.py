@@ -15,8 +15,9 @@ def test_the_embedding_has_a_spread_of_its_own():
     args = Namespace(seed=1, **SHAPE)
     even, mixed = init.build(0.1, 0.1, args, 300), init.build(0.1, 0.02, args, 300)
     assert abs(even.tok_emb.weight.std() - 0.1) < 0.003 and abs(mixed.tok_emb.weight.std() - 0.02) < 0.001
+    assert abs(mixed.pos_emb.std() - 0.02) < 0.002
     for (name, p), q in zip(even.named_parameters(), mixed.parameters(), strict=True):
-        assert name == "tok_emb.weight" or p.equal(q), f"{name} differs too"
+        assert name in ("tok_emb.weight", "pos_emb") or p.equal(q), f"{name} differs too"
 
 
 def test_the_demo_runs(text, out):
@@ -25,6 +26,6 @@ def test_the_demo_runs(text, out):
     init.main(["--corpus", str(text), "--stds", "0.02", "0.2", "--steps", "10", *small])
     rows = json.loads((out / "init" / "summary.json").read_text("utf-8"))["rows"]
     assert [(row["matrices"], row["embedding"]) for row in rows] == [(0.02, 0.02), (0.2, 0.2), (0.2, 0.02)]
-    assert rows[1]["turned"] > rows[0]["turned"], "one step of 0.003 turned a vector of 0.2 more than one of 0.02"
+    assert rows[1]["kept"] > rows[0]["kept"], "one step of 0.003 turned a vector of 0.2 more than one of 0.02"
     with pytest.raises(BadInput, match="--stds"):
         init.main(["--stds", "0"])
