@@ -1,6 +1,6 @@
 """Four lessons in gradient descent: what one neuron can learn, what it cannot, and what a second layer changes.
 
-    uv run stages run 01                      all four, in about 20 s on two cores
+    uv run stages run 01                      all four, in about 12 s on two cores
     uv run stages run 01 --seed 7 --starts 5  another seed, fewer restarts
 
 1. AND   one neuron learns it.
@@ -218,7 +218,7 @@ def draw_xor(alone: list[TableRun], layered: list[TableRun]) -> Figure:
     left, middle, right = fig.subplots(1, 3)
     best = max(alone, key=lambda run: run.best)
     for parameter, weight in zip(best.model.parameters(), best.best_weights):
-        parameter.data = weight
+        parameter.data = weight  # at the end of training all weights are zero, and there is no boundary to draw
     solved = min(layered, key=lambda run: run.losses[-1])
     for axes, run, title in ((left, best, "one neuron"), (middle, solved, "hidden layer")):
         draw_field(axes, partial(table_probability, run.logit), CORNERS, XOR, margin=0.4, cells=40)
@@ -247,6 +247,18 @@ def draw_moons(points: np.ndarray, classes: np.ndarray, runs: dict[str, MoonsRun
     return fig
 
 
+def row(lesson: str, network: str, run: TableRun | MoonsRun, right: str) -> dict:
+    """A row of the table at the end."""
+    parameters = sum(np.size(parameter.data) for parameter in run.model.parameters())
+    return {
+        "lesson": lesson,
+        "network": network,
+        "parameters": parameters,
+        "last loss": run.losses[-1],
+        "right": right,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(description=__doc__.split("\n")[0])
     options.add(parser, Config)
@@ -262,21 +274,19 @@ def main(argv: list[str] | None = None) -> None:
 
     solved = sum(run.accuracy == 1.0 for run in layered)
     line, mlp = moon_runs.values()
-    rows = [
-        ("AND", "one neuron", conjunction.model, conjunction.losses, f"{conjunction.accuracy:.0%}"),
-        ("XOR", "one neuron", alone[0].model, alone[0].losses, f"{max(run.best for run in alone):.0%} at best"),
-        ("XOR", "hidden layer", layered[0].model, layered[0].losses, f"{solved} of {len(layered)} starts"),
-        *(("moons", name, run.model, run.losses, f"{run.accuracy:.1%}") for name, run in moon_runs.items()),
-    ]
-    columns = ("lesson", "network", "parameters", "last loss", "right")
-    cells = [
-        (lesson, network, sum(np.size(p.data) for p in model.parameters()), losses[-1], right)
-        for lesson, network, model, losses, right in rows
-    ]
-    table("What was learned", [dict(zip(columns, row)) for row in cells])
+    best = max(run.best for run in alone)
+    table(
+        "What was learned",
+        [
+            row("AND", "one neuron", conjunction, f"{conjunction.accuracy:.0%}"),
+            row("XOR", "one neuron", alone[0], f"{best:.0%} at best"),
+            row("XOR", "hidden layer", layered[0], f"{solved} of {len(layered)} starts"),
+            *(row("moons", name, run, f"{run.accuracy:.1%}") for name, run in moon_runs.items()),
+        ],
+    )
     summary = log.finish(
         and_accuracy=conjunction.accuracy,
-        xor_neuron_best=max(run.best for run in alone),
+        xor_neuron_best=best,
         xor_neuron_loss=max(run.losses[-1] for run in alone),
         xor_mlp_solved=solved / len(layered),
         moons_line_accuracy=line.accuracy,
