@@ -25,10 +25,10 @@ class ModelConfig:
     """The model's shape. Raises BadInput for a shape that cannot be built."""
 
     vocab_size: int
-    block_size: int = 12  # characters of context
+    block_size: int = 8  # characters of context
     n_embd: int = 24  # numbers that describe one character
     n_hidden: int = 256  # units of the hidden layers
-    n_layer: int = 4  # blocks, of two layers each
+    n_layer: int = 2  # blocks, of two layers each
     norm: Literal["layer", "batch", "none"] = "layer"  # what puts each block's input back on scale
     residual: bool = True  # blocks add to their input; without, they replace it
 

@@ -1,0 +1,140 @@
+"""How far down a stack the gradient gets, with and without norm and residual, and what a short training makes of it.
+
+    uv run stages run 04 demos/depth.py
+    uv run stages run 04 demos/depth.py --depths 1 4 16 64 256 --steps 0      # the start only, but deeper
+
+At the start the demo measures the gradient of the first layer's weights below 1, 2, 4 ... blocks. The column "per
+block" is the factor by which one more block multiplies it, taken from the two deepest stacks; "derived" is what theory
+says:
+
+- torch's own start has gain 1 / sqrt(3): two layers and a ReLU leave sqrt(1/3 * 1/2 * 1/3) = 0.236 of a signal;
+- with variance scaling a plain stack neither shrinks nor grows it: 1;
+- a sum of input and branch has twice the variance: without norm, residuals multiply by sqrt(2) = 1.414;
+- batch norm alone multiplies by sqrt(pi / (pi - 1)) = 1.211 at every ReLU (Yang et al., "A Mean Field Theory of Batch
+  Normalization", 2019);
+- a norm inside a residual branch: block l adds 1 to a variance of l, so its share fades, and the factor goes to 1.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
+
+import torch
+from data import batches, load_data
+from matplotlib.figure import Figure
+from model import MLP, ModelConfig
+from shared import options
+from shared.console import progress, say, table
+from shared.device import setup
+from shared.errors import BadInput, cli
+from shared.runlog import RunLog
+from train import TrainConfig, nll, train
+
+# name: (config, blocks start as torch starts them, derived factor per block)
+STACKS = {
+    "plain, torch's start": ({"norm": "none", "residual": False}, True, math.sqrt(1 / 18)),
+    "plain": ({"norm": "none", "residual": False}, False, 1.0),
+    "residual": ({"norm": "none", "residual": True}, False, math.sqrt(2)),
+    "batch": ({"norm": "batch", "residual": False}, False, math.sqrt(math.pi / (math.pi - 1))),
+    "batch + residual": ({"norm": "batch", "residual": True}, False, 1.0),
+    "layer": ({"norm": "layer", "residual": False}, False, 1.0),
+    "layer + residual": ({"norm": "layer", "residual": True}, False, 1.0),
+}
+TRAINED = (4, 32)  # blocks of the stacks that are trained
+
+
+def build(name: str, vocab_size: int, n_hidden: int, n_layer: int) -> MLP:
+    """The stack called `name`."""
+    changes, torchs_start, _ = STACKS[name]
+    model = MLP(ModelConfig(vocab_size, n_hidden=n_hidden, n_layer=n_layer, **changes))
+    if torchs_start:
+        for block in model.blocks:
+            block.ffn.fc.reset_parameters()
+            block.ffn.proj.reset_parameters()
+    return model
+
+
+def first_gradient(model, x, y) -> float:
+    """Size of the gradient of the first layer's weights."""
+    (grad,) = torch.autograd.grad(nll(model, x, y), model.hidden.weight)
+    return grad.norm().item()
+
+
+def draw(depths, gradients, losses) -> Figure:
+    fig = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = fig.subplots(1, 2) if losses else (fig.subplots(), None)
+    for i, name in enumerate(STACKS):
+        style = {"color": f"C{i}", "linestyle": "-" if "residual" in name else "--", "marker": "o", "markersize": 4}
+        left.plot(depths, gradients[name], label=name, **style)
+        if losses:
+            right.plot(TRAINED, [min(loss, 5) if math.isfinite(loss) else 5 for loss in losses[name]], **style)
+    left.set(xscale="log", yscale="log", xlabel="blocks", ylabel="size", title="first layer's gradient at the start")
+    left.set_ylim(1e-8, 1e8)
+    left.set_xticks(depths, depths)
+    left.minorticks_off()
+    left.legend(fontsize=7, loc="lower left")
+    if losses:
+        right.set(xscale="log", xlabel="blocks", ylabel="nats/char", title="training loss after a short training")
+        right.set_xticks(TRAINED, TRAINED)
+        right.minorticks_off()
+    return fig
+
+
+def main(argv=None):
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="blocks, rising")
+    parser.add_argument("--n-hidden", type=int, default=128, help="units of each layer (default: 128)")
+    parser.add_argument("--seeds", type=int, default=3, help="starts that are averaged (default: 3)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of the short training, 0 for none (default: 150)")
+    args = parser.parse_args(argv)
+    depths = args.depths
+    if len(depths) < 2 or depths[0] < 1 or sorted(set(depths)) != depths or args.seeds < 1 or args.steps < 0:
+        raise BadInput("--depths needs two or more rising numbers from 1, --seeds at least 1, --steps at least 0")
+    setup("cpu")
+    data = load_data(args.corpus)
+    V = len(data.vocab)
+    log = RunLog(__file__, "depth", {**vars(args), "corpus": data.name})
+
+    gradients = {name: [0.0] * len(depths) for name in STACKS}
+    losses = {name: [] for name in STACKS} if args.steps else {}
+    total = len(STACKS) * (len(depths) * args.seeds + len(TRAINED) * args.steps)
+    with progress(total, "depth") as bar:
+        for name in STACKS:
+            for i, depth in enumerate(depths):
+                for seed in range(args.seeds):
+                    torch.manual_seed(seed)
+                    model = build(name, V, args.n_hidden, depth)
+                    x, y = next(batches(data.train, model.config.block_size, 128, seed))
+                    gradients[name][i] += first_gradient(model, x, y) / args.seeds
+                    bar.update(bar.step + 1, text=f"{name}, {depth} blocks")
+            for depth in TRAINED if args.steps else ():
+                torch.manual_seed(0)
+                model = build(name, V, args.n_hidden, depth)
+                seen = []
+                for _, loss in train(model, data.train, TrainConfig(steps=args.steps, batch_size=128, lr=1e-3)):
+                    seen.append(loss)
+                    bar.update(bar.step + 1, loss=loss, text=f"{name}, {depth} blocks")
+                last = seen[-20:]
+                losses[name].append(sum(last) / len(last))
+
+    rows = []
+    for name, (_, _, derived) in STACKS.items():
+        few, many = gradients[name][-2:]
+        factor = (many / few) ** (1 / (depths[-1] - depths[-2])) if few and math.isfinite(many) else math.nan
+        row = {"stack": name} | {str(d): f"{g:.1e}" for d, g in zip(depths, gradients[name], strict=True)}
+        row |= {"per block": factor, "derived": derived}
+        if losses:
+            row |= {f"loss, {d} blocks": loss for d, loss in zip(TRAINED, losses[name], strict=True)}
+        rows.append(row)
+    table("Size of the first layer's gradient at the start, by number of blocks", rows)
+    file = log.figure(draw(depths, gradients, losses), "depth")
+    log.finish(rows=rows)
+    say(f"figure: {file}")
+
+
+if __name__ == "__main__":
+    cli(main)
