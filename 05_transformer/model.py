@@ -191,7 +191,7 @@ class GPT(nn.Module):
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
-            self.pos_emb = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))  # [T, C]
+            self.pos_emb = nn.Parameter(torch.randn(config.block_size, config.n_embd))  # [T, C], as loud as tok_emb
         else:
             self.register_buffer("pos_emb", sinusoidal_positions(config.block_size, config.n_embd))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
