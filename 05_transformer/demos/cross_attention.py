@@ -164,7 +164,7 @@ def exact(model, task, length: int, count: int, seed: int) -> float:
 def draw(source: str, target: str, weights, shares: dict):
     """The cross-attention map [T, S] of one example, and the share of right translations by length."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    left.imshow(weights, cmap="Greys", vmin=0, vmax=1)
+    left.imshow(weights.tolist(), cmap="Greys", vmin=0, vmax=1)
     left.set_xticks(range(len(source)), source)
     left.set_yticks(range(len(target)), target)
     left.set(title="cross-attention, mean of the heads", xlabel="source, read", ylabel="target, as it is written")

@@ -82,7 +82,8 @@ def draw(maps, text: str):
     for layer in range(L):
         for head in range(H):
             axis = axes[layer][head]
-            axis.imshow(maps[layer, head].sqrt(), cmap="Greys", vmin=0, vmax=1)  # the root shows small weights too
+            # The root of the weights, so that small ones show as well.
+            axis.imshow(maps[layer, head].sqrt().tolist(), cmap="Greys", vmin=0, vmax=1)
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
             axis.set_xticks(range(T), labels, fontsize=5, family="DejaVu Sans Mono")
             axis.set_yticks(range(T), labels, fontsize=5, family="DejaVu Sans Mono")

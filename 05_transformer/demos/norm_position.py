@@ -4,10 +4,12 @@ warm-up, in a stack of six blocks.
     uv run stages run 05 demos/norm_position.py
     uv run stages run 05 demos/norm_position.py --n-layer 12 --seeds 1
 
-Two things are measured. The size of each block's gradient before the first step: in a post-norm stack it shrinks from
-the last block down to the first, since every norm on the path divides it; in a pre-norm stack the straight path keeps
-it level (Xiong et al. 2020, figure 3). And the loss after a short training: a rate that pre-norm takes in its stride
-can stop a post-norm stack from learning anything beyond how frequent each character is.
+Two things are measured. Before training, at several depths: the length of the last block's gradient, and how far one
+step of Adam moves what the head reads (0: nowhere; 1.41, the root of 2: to something unrelated). In a pre-norm stack
+the stream grows with every block, so that each one's word counts for less the more there are; in a post-norm stack
+every norm puts it back to size, and each block speaks at full volume on top of all the changes below (Xiong et al.
+2020; Liu et al., "Understanding the Difficulty of Training Transformers", 2020). Then the loss after a short training,
+where the last column counts the seeds that learned little more than how frequent each character is.
 """
 
 import sys
@@ -32,6 +34,7 @@ import matplotlib.pyplot as plt
 
 NORMS = ("pre", "post")
 RATES = (1e-3, 3e-3, 1e-2)
+DEPTHS = (1, 2, 4, 8, 16)
 T, BATCH = 32, 8  # positions, windows in a batch
 LAST = 20  # steps whose mean loss is the result
 
@@ -47,14 +50,19 @@ def unigram(data) -> float:
     return torch.special.entr(share).sum().item()
 
 
-def gradient_sizes(norm: str, n_layer: int, data, vocab_size: int, seeds: int) -> list[float]:
-    """The length of the gradient of each block's last weights before the first step, averaged over seeds -> [n_layer]."""
-    sizes = []
-    for seed in range(seeds):
-        model = build(norm, n_layer, vocab_size, seed)
-        nll(model, *next(batches(data, T, 64, seed))).backward()
-        sizes.append([block.ffn.proj.weight.grad.norm().item() for block in model.blocks])
-    return [mean(values) for values in zip(*sizes, strict=True)]
+def first_step(norm: str, n_layer: int, x, y, vocab_size: int, seed: int, lr: float = 1e-3) -> tuple[float, float]:
+    """The length of the gradient of the last block's last weights, and how far one step of Adam moves the head's input.
+
+    The move is the root mean square over all channels, which the last norm holds at 1.
+    """
+    model, seen = build(norm, n_layer, vocab_size, seed), []
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    nll(model, x, y).backward()
+    gradient = model.blocks[-1].ffn.proj.weight.grad.norm().item()
+    optimizer.step()
+    nll(model, x, y)
+    return gradient, (seen[1] - seen[0]).square().mean().sqrt().item()
 
 
 def fit(model, data, steps: int, lr: float, warmup: int, seed: int):
@@ -76,13 +84,14 @@ def smooth(values: list[float], width: int = 15) -> list[float]:
     return [mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
-def draw(curves: dict, sizes: dict, warmups: tuple[int, ...], floor: float):
-    """Gradients by depth, then loss curves, a panel for each learning rate: curves {(norm, warmup, lr): [[loss]]}."""
+def draw(curves: dict, moves: dict, warmups: tuple[int, int], floor: float):
+    """The first step by depth, then loss curves, a panel for each rate: curves {(norm, warmup, lr): [[loss]]}."""
     fig, axes = plt.subplots(1, 1 + len(RATES), figsize=(3.3 * (1 + len(RATES)), 3.3), layout="constrained")
     colours = dict(zip(NORMS, ("tab:blue", "tab:red"), strict=True))
     for norm in NORMS:
-        axes[0].plot(range(1, len(sizes[norm]) + 1), sizes[norm], marker="o", color=colours[norm], label=f"{norm}-norm")
-    axes[0].set(yscale="log", xlabel="block, from the input up", title="gradient at the start")
+        axes[0].plot(DEPTHS, moves[norm], marker="o", color=colours[norm], label=f"{norm}-norm")
+    axes[0].set(xscale="log", xlabel="blocks", ylabel="root mean square", title="move of the output, first step")
+    axes[0].set_xticks(DEPTHS, DEPTHS)
     axes[0].legend()
     for axis, lr in zip(axes[1:], RATES, strict=True):
         for norm in NORMS:
@@ -111,11 +120,15 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(args.corpus)
     log = RunLog(__file__, "norm_position", {**vars(args), "corpus": data.name})
     floor, warmups = unigram(data.train), (0, args.steps // 3)
-
-    sizes = {norm: gradient_sizes(norm, args.n_layer, data.train, len(data.vocab), args.seeds) for norm in NORMS}
-    table("Length of the gradient at the start, by block", [
-        {"norm": norm, **{str(i): size for i, size in enumerate(sizes[norm], 1)}} for norm in NORMS
-    ])
+    x, y = next(batches(data.train, T, 32, seed=0))
+    starts, moves = [], {norm: [] for norm in NORMS}
+    for n_layer in DEPTHS:
+        for norm in NORMS:
+            runs = [first_step(norm, n_layer, x, y, len(data.vocab), seed) for seed in range(args.seeds)]
+            gradient, move = (mean(values) for values in zip(*runs, strict=True))
+            starts.append({"blocks": n_layer, "norm": norm, "last block's gradient": gradient, "move": move})
+            moves[norm].append(move)
+    table("At the start, and after one step of Adam at rate 0.001", starts)
 
     rows, curves = [], {}
     cells = [(norm, warmup, lr) for lr in RATES for warmup in warmups for norm in NORMS]
@@ -137,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             })
     table(f"{data.name}: mean loss of the last {LAST} of {args.steps} steps, {args.seeds} seeds", rows)
     say(f"stuck: seeds that got no more than 0.1 below {floor:.3f}, the loss of knowing the characters' frequencies")
-    file = log.figure(draw(curves, sizes, warmups, floor), "norm_position")
-    log.finish(rows=rows, gradients=sizes, unigram=floor)
+    file = log.figure(draw(curves, moves, warmups, floor), "norm_position")
+    log.finish(rows=rows, starts=starts, unigram=floor)
     say(f"curves drawn in {file}")
 
 
