@@ -24,10 +24,10 @@ class ModelConfig:
     """The model's shape. Raises BadInput for a shape that cannot be built."""
 
     vocab_size: int
-    block_size: int = 12  # characters of context
+    block_size: int = 8  # characters of context
     n_embd: int = 24  # numbers that describe one character
     n_hidden: int = 512  # units of the hidden layer
-    activation: Literal["tanh", "relu", "gelu", "none"] = "tanh"  # "none" leaves one linear map, however many layers
+    activation: Literal["tanh", "relu", "gelu", "none"] = "gelu"  # "none" leaves one linear map, however many layers
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_hidden"):

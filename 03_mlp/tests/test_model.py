@@ -17,7 +17,7 @@ def seed():
 
 def small(**changes) -> ModelConfig:
     """A shape in which no two sizes are equal, so that a mixed-up axis cannot pass unseen."""
-    return ModelConfig(**{"vocab_size": 11, "block_size": 3, "n_embd": 4, "n_hidden": 7} | changes)
+    return ModelConfig(**{"vocab_size": 11, "block_size": 3, "n_embd": 4, "n_hidden": 7, "activation": "tanh"} | changes)
 
 
 def scrambled(config: ModelConfig) -> MLP:
