@@ -30,6 +30,7 @@ from shared.runlog import RunLog
 from train import nll
 
 RUNS = (("batch", True), ("batch", False), ("layer", True))  # (norm, are the batches in text order)
+COMPANIONS = (100, 5000)  # where the neighbours of the one window are taken
 COMPANY = ("in text order", "among strangers", "running statistics")
 
 
@@ -76,11 +77,12 @@ def neighbours(x, y, vocab_size: int, seed: int) -> list[dict]:
         model = MLP(ModelConfig(vocab_size, x.shape[1], norm=norm))
         torch.nn.init.normal_(model.head.weight, std=0.06)  # scores of about 1
         row = {"norm": norm}
-        for name, start in (("first company", 100), ("second company", 5000)):
-            batch = torch.cat([x[:1], x[start:start + 3]])
-            row[name] = F.softmax(model(batch), dim=-1)[0, y[0]].item()
-        row["evaluation, first"] = F.softmax(model.eval()(x[[0, 100, 101, 102]]), dim=-1)[0, y[0]].item()
-        row["evaluation, second"] = F.softmax(model(x[[0, 5000, 5001, 5002]]), dim=-1)[0, y[0]].item()
+        for mode in ("", "evaluation, "):
+            model.train(not mode)
+            for name, start in zip(("first", "second"), COMPANIONS, strict=True):
+                batch = torch.cat([x[:1], x[start:start + 3]])
+                key = f"{mode}{name}" if mode else f"{name} company"
+                row[key] = F.softmax(model(batch), dim=-1)[0, y[0]].item()
         rows.append(row)
     return rows
 
@@ -116,8 +118,8 @@ def main(argv=None):
     T, V = 8, len(data.vocab)
     x, y = windows(data.train, T)
     val_x, val_y = windows(data.val, T)
-    if len(val_x) < 5003:
-        raise BadInput(f"{data.name} has {len(val_x)} validation windows, the demo needs 5,003: use a longer text")
+    if len(val_x) < max(COMPANIONS) + 3:
+        raise BadInput(f"{data.name} has {len(val_x)} validation windows, the demo needs {max(COMPANIONS) + 3}")
 
     untrained = neighbours(val_x, val_y, V, args.seed)
     table("One window's probability of its true next character, untrained", untrained)

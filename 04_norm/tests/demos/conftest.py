@@ -1,9 +1,8 @@
-"""A small text, and one small run on it that the demos look at."""
+"""A small text for the demos, and a folder for their runs."""
 
 import random
 
 import pytest
-import train
 
 WORDS = "the a cat rat mat sat on under and ran from big old".split()
 
@@ -23,11 +22,3 @@ def out(tmp_path, monkeypatch):
     """Where the runs of this test go."""
     monkeypatch.setenv("STAGES_OUT", str(tmp_path / "out"))
     return tmp_path / "out"
-
-
-@pytest.fixture
-def trained(text, out):
-    """A run called "tiny"."""
-    train.main(["--corpus", str(text), "--name", "tiny", "--steps", "60", "--eval-every", "20", "--batch-size", "64",
-                "--block-size", "4", "--n-embd", "6", "--n-hidden", "16", "--device", "cpu"])
-    return out / "tiny"
