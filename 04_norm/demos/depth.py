@@ -4,8 +4,8 @@
     uv run stages run 04 demos/depth.py --depths 1 4 16 64 256 --steps 0      # the start only, but deeper
 
 At the start the demo measures the gradient of the first layer's weights below 1, 2, 4 ... blocks. The column "per
-block" is the factor by which one more block multiplies it, taken from the two deepest stacks; "derived" is what theory
-says:
+block" is the factor by which one more block multiplies it, taken from the two deepest stacks whose gradient has not
+vanished; "derived" is what theory says:
 
 - torch's own start has gain 1 / sqrt(3): two layers and a ReLU leave sqrt(1/3 * 1/2 * 1/3) = 0.236 of a signal;
 - with variance scaling a plain stack neither shrinks nor grows it: 1;
@@ -43,6 +43,7 @@ STACKS = {
     "layer": ({"norm": "layer", "residual": False}, False, 1.0),
     "layer + residual": ({"norm": "layer", "residual": True}, False, 1.0),
 }
+SMALL = 1e-15  # a gradient below passed through numbers too small for float32
 TRAINED = (4, 32)  # blocks of the stacks that are trained
 
 
@@ -123,8 +124,9 @@ def main(argv=None):
 
     rows = []
     for name, (_, _, derived) in STACKS.items():
-        few, many = gradients[name][-2:]
-        factor = (many / few) ** (1 / (depths[-1] - depths[-2])) if few and math.isfinite(many) else math.nan
+        kept = [(d, g) for d, g in zip(depths, gradients[name], strict=True) if SMALL < g < math.inf]
+        (few, before), (many, after) = kept[-2:]
+        factor = (after / before) ** (1 / (many - few))
         row = {"stack": name} | {str(d): f"{g:.1e}" for d, g in zip(depths, gradients[name], strict=True)}
         row |= {"per block": factor, "derived": derived}
         if losses:
