@@ -369,8 +369,8 @@ def process(rank: int, port: int, folder: Path, flags: list[str]):
 
 
 TEXT = "the cat sat on the mat and the rat sat on the cat\n" * 40
-FLAGS = ["--steps", "44", "--eval-every", "20", "--batch-size", "8", "--accumulate", "2", "--warmup", "5"]
-FLAGS += ["--block-size", "8", "--n-embd", "12", "--n-head", "3", "--n-layer", "2", "--device", "cpu"]
+FLAGS = ["--steps", "36", "--eval-every", "20", "--batch-size", "8", "--accumulate", "2", "--warmup", "5"]
+FLAGS += ["--block-size", "8", "--n-embd", "12", "--n-head", "3", "--n-layer", "1", "--device", "cpu"]
 PASS = 28  # batches of 8 windows of 8 in a pass over 1,800 characters
 
 
@@ -463,7 +463,7 @@ def test_a_resumed_run_is_the_run_itself(precision, run, monkeypatch):
     """k steps, Ctrl-C and the rest with --resume are all the steps at once, bit for bit, with dropout, across passes."""
     words = ["--precision", precision, "--dropout", "0.2"]
     whole = run("whole", *words)
-    assert load(whole / "model.pt")[2]["step"] == 44
+    assert load(whole / "model.pt")[2]["step"] == 36
     for first, second in ((17, PASS), (PASS - 1, PASS + 1)):  # the last step of a pass, and the first of the next
         during(monkeypatch, first, ctrl_c)
         folder = run("parts", *words, code=130)
@@ -502,14 +502,14 @@ def test_time_is_up_and_the_run_goes_on_later(run):
     assert load(folder / "model.pt")[2]["step"] == 2, "the time of a resumed run begins anew"
     main(["--resume", "--name", "parts", "--minutes", "none"])
     state = load(folder / "model.pt")[2]
-    assert state["step"] == 44
+    assert state["step"] == 36
     same(state, load(whole / "model.pt")[2])
 
 
 def test_looking_does_not_change_the_run(run):
     """How often a run is scored and writes a sample changes nothing about it: the same weights, with dropout."""
     often, seldom = run("often", "--dropout", "0.2", "--eval-every", "9"), run("seldom", "--dropout", "0.2")
-    assert [row["step"] for row in metrics(often) if "val_loss" in row] == [9, 18, 27, 36, 44]
+    assert [row["step"] for row in metrics(often) if "val_loss" in row] == [9, 18, 27, 36]
     same(load(often / "model.pt")[2], load(seldom / "model.pt")[2])
 
 
@@ -530,8 +530,8 @@ def test_a_resumed_run_keeps_its_text(run, text, monkeypatch):
 
 def test_a_resumed_run_takes_new_flags_but_keeps_its_shape(done):
     """Flags given with --resume win over the run's own, except for the model's shape, which is built already."""
-    main(["--resume", "--name", "done", "--steps", "50"])
-    assert load(done / "model.pt")[2]["step"] == 50, "a finished run can be made longer"
+    main(["--resume", "--name", "done", "--steps", "40"])
+    assert load(done / "model.pt")[2]["step"] == 40, "a finished run can be made longer"
     for words in (["--n-layer", "3"], ["--n-embd", "24"], ["--block-size", "16"]):
         with pytest.raises(BadInput, match="a resumed run keeps its shape"):
             main(["--resume", "--name", "done", *words])
@@ -610,7 +610,7 @@ def test_the_script_trains_scores_and_saves(finished):
     folder = finished / "done"
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     rows = [row for row in metrics(folder) if "val_loss" in row]
-    assert [row["step"] for row in rows] == [20, 40, 44], "the validation loss is taken every 20 steps and at the end"
+    assert [row["step"] for row in rows] == [20, 36], "the validation loss is taken every 20 steps and at the end"
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] < math.log(len(set(TEXT))), "the loss falls"
 
     model, tokenizer, state = load(folder / "model.pt")
@@ -621,8 +621,8 @@ def test_the_script_trains_scores_and_saves(finished):
     )
     V, C = len(tokenizer), 12
     block = C * 3 * C + 3 * C + C * C + C + 4 * C * C + 4 * C + 4 * C * C + C + 4 * C  # attention, feed-forward, norms
-    assert summary["params"] == V * C + 8 * C + 2 * block + 2 * C, "the parameters of the model that was trained"
-    assert summary["tokens"] == 44 * 8 * 8 and summary["steps"] == 44, "every position of a window predicts a token"
+    assert summary["params"] == V * C + 8 * C + block + 2 * C, "the parameters of the model that was trained"
+    assert summary["tokens"] == 36 * 8 * 8 and summary["steps"] == 36, "every position of a window predicts a token"
     assert summary["val_bpb"] == pytest.approx(summary["val_loss"] / math.log(2)), "one byte per character here"
     assert not list(folder.glob("*.part*")), "half-written files are left behind"
     assert (folder / "train.bin").stat().st_size == 2 * 1800, "the text as tokens of 16 bits"
@@ -659,7 +659,7 @@ def test_other_tokens_same_unit(kind, run, capsys):
 def test_the_script_trains_on_the_training_text(run, text):
     """What only the validation text says cannot be known: on letters that never occurred the loss is above ln V."""
     text.write_text("abcd" * 450 + "wxyz" * 50, encoding="utf-8")
-    loss = json.loads((run("apart") / "summary.json").read_text("utf-8"))["val_loss"]
+    loss = json.loads((run("apart", "--lr", "0.02") / "summary.json").read_text("utf-8"))["val_loss"]
     assert loss > math.log(8), f"a loss of {loss:.3f} on letters that the training text does not have: it was shown them"
 
 
@@ -680,7 +680,7 @@ def test_the_compiled_model_is_only_an_engine(run, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", Compiled)
     same(load(run("compiled", "--compile") / "model.pt")[2], load(run("plain") / "model.pt")[2])
-    assert calls == [(4, 8)] * 88, "44 steps of two micro-batches"
+    assert calls == [(4, 8)] * 72, "36 steps of two micro-batches"
 
 
 def test_metrics_for_tensorboard(run):
