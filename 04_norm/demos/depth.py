@@ -125,8 +125,10 @@ def main(argv=None):
     rows = []
     for name, (_, _, derived) in STACKS.items():
         kept = [(d, g) for d, g in zip(depths, gradients[name], strict=True) if SMALL < g < math.inf]
-        (few, before), (many, after) = kept[-2:]
-        factor = (after / before) ** (1 / (many - few))
+        factor = None
+        if len(kept) > 1:
+            (few, before), (many, after) = kept[-2:]
+            factor = (after / before) ** (1 / (many - few))
         row = {"stack": name} | {str(d): f"{g:.1e}" for d, g in zip(depths, gradients[name], strict=True)}
         row |= {"per block": factor, "derived": derived}
         if losses:

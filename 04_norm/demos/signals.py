@@ -119,7 +119,7 @@ def draw(seen: dict, n_layer: int, steps: int) -> Figure:
             ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[1]:
         ax.set_xlabel("block (0: the first layer)")
-    axes[0, 0].legend(fontsize=8, loc="lower left")
+    axes[0, 2].legend(fontsize=8, loc="lower right")
     return fig
 
 
