@@ -26,9 +26,9 @@ from shared.runlog import RunLog
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 1500  # optimiser steps
-    batch_size: int = 32  # windows per step
-    lr: float = 3e-3  # learning rate of the first step; it falls to 0 in a straight line
+    steps: int = 1800  # optimiser steps
+    batch_size: int = 16  # windows per step
+    lr: float = 4e-3  # learning rate of the first step; it falls to 0 in a straight line
     weight_decay: float = 0.01  # pull of the weights towards 0, as a share of the learning rate
     eval_every: int = 1000  # steps between looks at the validation text
     seed: int = 1337
