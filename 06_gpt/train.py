@@ -69,7 +69,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "long": {"name": "long", "steps": 5000, "block_size": 128},  # three times the text, twice the context
+    "long": {"name": "long", "steps": 4500, "block_size": 128},  # three times the text, twice the context
     "gpt2": {
         "name": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "dropout": 0.1,
         "init_std": 0.02, "tokenizer": "bpe", "vocab_size": 50257, "lr": 6e-4, "batch_size": 480, "accumulate": 40,
