@@ -55,9 +55,15 @@ def range_test(model, data, config: TrainConfig):
 
 
 def readings(curve: list[tuple[float, float]]) -> dict[str, float]:
-    """Rates to read off a range test's curve: where the loss falls fastest per factor of the rate, and where it is lowest."""
-    slopes = [(b[1] - a[1], math.sqrt(a[0] * b[0])) for a, b in zip(curve, curve[1:], strict=False)]
-    return {"steepest": min(slopes)[1], "lowest": min(curve, key=lambda point: point[1])[0]}
+    """Rates to read off a range test's curve: where the loss is lowest, and where it falls fastest on the way there.
+
+    The fall is taken over a twentieth of the curve, or the noise of two neighbouring steps would decide.
+    """
+    lowest = min(range(len(curve)), key=lambda i: curve[i][1])
+    width = max(1, len(curve) // 20)
+    falls = [(curve[i + width][1] - curve[i][1], i) for i in range(max(1, lowest + 1 - width))]
+    start = min(falls)[1]
+    return {"steepest": math.sqrt(curve[start][0] * curve[start + width][0]), "lowest": curve[lowest][0]}
 
 
 def draw(curve: list[tuple[float, float]], tried: list[dict], marks: dict[str, float]) -> Figure:

@@ -4,9 +4,8 @@
 
 A table can only answer for a context that it has seen, and long contexts are hardly ever seen twice: the first table
 counts that. The second asks, for every character of the validation text, how much of the context before it occurs
-anywhere in the training text, and compares there what both models lose. The counts are interpolated over all lengths
-of context, each length weighted as in Witten & Bell (1991): the more different characters followed a context, the
-less it is trusted.
+anywhere in the training text, and compares there what both models lose. The counts are those that set the bar: a
+7-gram with modified Kneser-Ney smoothing (Chen & Goodman 1998).
 """
 
 import argparse
@@ -26,7 +25,8 @@ from shared.device import setup
 from shared.errors import BadInput, cli
 from shared.runlog import RunLog, run_folder
 
-LONGEST = 8  # characters of context that are counted: 65 to the power of 9 still fits into 64 bits
+LONGEST = 8  # characters of context that are looked for in the training text
+COUNTED = 6  # characters of context that are counted: the best n-gram of this text is the 7-gram
 
 
 def codes(tokens, base: int):
@@ -43,25 +43,54 @@ def look_up(keys, values, queries):
     return torch.where(keys[i] == queries, values[i], 0)
 
 
-def counting(x, y, val_x, val_y, V: int):
-    """Count on x [N, T], y [N]; ask about val_x [M, T], val_y [M].
+def discounts(counts):
+    """What to take from an n-gram seen 0, 1, 2, 3 or more times -> [4]; 0.5, 1, 1.5 where the text is too small to tell."""
+    n = [(counts == i).sum().item() for i in range(5)]
+    if 0 in n[1:]:
+        return torch.tensor([0, 0.5, 1, 1.5], dtype=torch.double)
+    y = n[1] / (n[1] + 2 * n[2])
+    taken = [min(max(i - (i + 1) * y * n[i + 1] / n[i], 0), i) for i in (1, 2, 3)]
+    return torch.tensor([0, *taken], dtype=torch.double)
 
-    -> P(y | x) of each validation example [M], how many of its last characters occur together before some character of
-    the training text [M], and for each length 0 .. T how many different contexts that text has.
+
+def kneser_ney(x, y, val_x, val_y, V: int):
+    """P(y | x) of validation examples val_x [M, k], val_y [M], counted on x [N, k], y [N] -> [M], float64.
+
+    P = (count - D) / total + freed / total * P of the shorter context, from the longest down to none. All but the longest
+    count in how many different longer contexts they occur.
     """
-    p = torch.full((len(val_y),), 1 / V, dtype=torch.double)  # with nothing counted, every character alike
-    known, distinct = torch.zeros(len(val_y), dtype=torch.long), []
+    asked = codes(val_x, V) * V + val_y
+    grams, counts = (codes(x, V) * V + y).unique(return_counts=True)
+    levels = []
+    for k in range(x.shape[1], -1, -1):
+        taken = discounts(counts)[counts.clamp(max=3)]
+        contexts, where = (grams // V).unique(return_inverse=True)
+        zeros = torch.zeros(len(contexts), dtype=torch.double)
+        context, gram = asked % V ** (k + 1) // V, asked % V ** (k + 1)
+        levels.append((
+            look_up(contexts, zeros.index_add(0, where, counts.double()), context),  # total
+            look_up(grams, counts - taken, gram),  # kept
+            look_up(contexts, zeros.index_add(0, where, taken), context),  # freed
+        ))
+        grams, counts = (grams % V**k).unique(return_counts=True)
+    p = torch.full((len(val_y),), 1 / V, dtype=torch.double)
+    for total, kept, freed in reversed(levels):
+        p = torch.where(total > 0, (kept + freed * p) / total.clamp(min=1), p)
+    return p
+
+
+def familiarity(x, val_x, V: int):
+    """How many of a context's last characters occur together as (the end of) a context of the training text.
+
+    x [N, T], val_x [M, T] -> that number for each validation context [M], 0 .. T, and the number of different contexts of
+    each length 0 .. T in the training text.
+    """
+    known, distinct = torch.zeros(len(val_x), dtype=torch.long), []
     for k in range(x.shape[1] + 1):
-        context, asked = codes(x[:, x.shape[1] - k:], V), codes(val_x[:, x.shape[1] - k:], V)
-        contexts, totals = context.unique(return_counts=True)
-        grams, counts = (context * V + y).unique(return_counts=True)
-        kinds = (grams // V).unique(return_counts=True)[1]  # different characters that followed each context
-        total, kind = look_up(contexts, totals, asked), look_up(contexts, kinds, asked)
-        count = look_up(grams, counts, asked * V + val_y)
-        p = torch.where(total > 0, (count + kind * p) / (total + kind).clamp(min=1), p)
-        known[total > 0] = k
+        contexts = codes(x[:, x.shape[1] - k:], V).unique()
+        known[torch.isin(codes(val_x[:, x.shape[1] - k:], V), contexts)] = k
         distinct.append(len(contexts))
-    return p, known, distinct
+    return known, distinct
 
 
 @torch.no_grad()
@@ -81,7 +110,7 @@ def draw(rows: list[dict]) -> Figure:
     share = axes.twinx()
     share.bar(known, [100 * row["share"] for row in rows], color="lightgray", width=0.6)
     share.set(ylabel="% of the validation text (bars)", ylim=(0, 100))
-    axes.plot(known, [row["counts"] for row in rows], "s-", label="counts")
+    axes.plot(known, [row["counts"] for row in rows], "s-", label="counts, 7-gram")
     axes.plot(known, [row["network"] for row in rows], "o-", label="network")
     axes.set(xlabel="last characters that occur together in the training text", ylabel="loss, nats/char")
     axes.set_zorder(share.get_zorder() + 1)
@@ -104,7 +133,8 @@ def main(argv=None):
 
     V, span = len(vocab), max(LONGEST, model.config.block_size)
     (x, y), (val_x, val_y) = (windows(part, span) for part in (data.train, data.val))
-    p_counts, known, distinct = counting(x[:, span - LONGEST:], y, val_x[:, span - LONGEST:], val_y, V)
+    p_counts = kneser_ney(x[:, span - COUNTED:], y, val_x[:, span - COUNTED:], val_y, V)
+    known, distinct = familiarity(x[:, span - LONGEST:], val_x[:, span - LONGEST:], V)
     p_network = network(model, val_x, val_y)
     seen = [(known >= k).double().mean().item() for k in range(LONGEST + 1)]
     table(f"{data.name}: contexts", [

@@ -12,34 +12,54 @@ from sample import load
 from shared.errors import BadInput
 
 
-def slowly(text: list[int], context: tuple, target: int, V: int) -> float:
-    """Witten & Bell by dictionaries: P = (count + kinds P_shorter) / (total + kinds), from no context upwards."""
-    span = len(context)
-    p = 1 / V
-    for k in range(span + 1):
-        here = context[span - k:]
-        after = Counter(text[i] for i in range(span, len(text)) if tuple(text[i - k:i]) == here)
-        total, kinds = sum(after.values()), len(after)
-        if total:
-            p = (after[target] + kinds * p) / (total + kinds)
-    return p
+def slowly(text: list[int], contexts, targets, V: int, longest: int) -> list[float]:
+    """Modified Kneser-Ney by dictionaries, Chen & Goodman (1998), equations 22 to 26, shorter orders by continuations."""
+    tables = {longest + 1: Counter(tuple(text[i - longest:i + 1]) for i in range(longest, len(text)))}
+    for n in range(longest, 0, -1):
+        tables[n] = Counter(gram[1:] for gram in tables[n + 1])  # distinct characters before it
+    answers = []
+    for context, target in zip(contexts, targets, strict=True):
+        p = 1 / V
+        for n in range(1, longest + 2):
+            here, table = tuple(context[len(context) - n + 1:]), tables[n]
+            times = Counter(table.values())
+            if all(times[i] for i in (1, 2, 3, 4)):
+                Y = times[1] / (times[1] + 2 * times[2])
+                D = [0] + [min(max(i - (i + 1) * Y * times[i + 1] / times[i], 0), i) for i in (1, 2, 3)]
+            else:
+                D = [0, 0.5, 1, 1.5]
+            after = {gram[-1]: count for gram, count in table.items() if gram[:-1] == here}
+            total = sum(after.values())
+            if total:
+                freed = sum(D[min(count, 3)] for count in after.values())
+                count = after.get(target, 0)
+                p = (count - D[min(count, 3)] + freed * p) / total
+        answers.append(p)
+    return answers
 
 
 def test_counting_against_dictionaries():
-    """Interpolated counts are those that dictionaries give, and the probabilities of all characters sum to one."""
+    """The counts are Kneser-Ney's, as dictionaries give them, and the probabilities of all characters sum to one."""
     torch.manual_seed(0)
-    train, val = torch.randint(4, (300,)), torch.randint(5, (40,))  # token 4 is never trained on
+    # Uneven letters, so that n-grams occur once, twice, three and four times; token 4 is never trained on.
+    train, val = torch.multinomial(torch.tensor([8.0, 4, 2, 1]), 300, replacement=True), torch.randint(5, (40,))
     (x, y), (val_x, val_y) = windows(train, 3), windows(val, 3)
-    p, known, distinct = nearness.counting(x, y, val_x, val_y, 5)
-    for i in range(len(val_y)):
-        expected = slowly(train.tolist(), tuple(val_x[i].tolist()), val_y[i].item(), 5)
-        assert p[i].item() == pytest.approx(expected, abs=1e-12), f"example {i}"
-    whole = sum(nearness.counting(x, y, val_x, torch.full_like(val_y, token), 5)[0] for token in range(5))
+    p = nearness.kneser_ney(x, y, val_x, val_y, 5)
+    expected = slowly(train.tolist(), val_x.tolist(), val_y.tolist(), 5, 3)
+    assert p.tolist() == pytest.approx(expected, abs=1e-12), "not what dictionaries give"
+    whole = sum(nearness.kneser_ney(x, y, val_x, torch.full_like(val_y, token), 5) for token in range(5))
     assert torch.allclose(whole, torch.ones_like(whole)), "P(. | x) must sum to one"
+
+
+def test_familiarity_against_sets():
+    """What is known of a context is its longest end that occurs in a training context; contexts are counted once."""
+    torch.manual_seed(0)
+    x, val_x = windows(torch.randint(4, (60,)), 3)[0], windows(torch.randint(5, (40,)), 3)[0]
+    known, distinct = nearness.familiarity(x, val_x, 5)
     contexts = {tuple(row) for row in x.tolist()}
     assert distinct == [len({row[3 - k:] for row in contexts}) for k in range(4)], "contexts counted twice"
     for i, row in enumerate(val_x.tolist()):
-        longest = max(k for k in range(4) if k == 0 or tuple(row[3 - k:]) in {other[3 - k:] for other in contexts})
+        longest = max(k for k in range(4) if tuple(row[3 - k:]) in {other[3 - k:] for other in contexts})
         assert known[i] == longest, "the longest part of the context that occurs, counted from its end"
 
 
