@@ -4,10 +4,10 @@
     uv run stages run 05 demos/maps.py --text "What a piece of work is a man" --run default
 
 Row t of a map holds the weights with which position t averages the values of its past. The table puts a number on what
-the eye sees: how far back a head looks, how much weight lies on the character just before and on the position itself,
-how much on earlier occurrences of the same character, and how wide the weight is spread (e to the entropy: the number
-of positions that it would cover evenly). The numbers are averages over many windows of the validation text, without
-the first half of each window, where there is little past to choose from.
+the eye sees: how far back a head looks, over how many positions it spreads its weight (e to the entropy), and how much
+of it lies on the position itself, on the one and the two before, on the first letter of the word that is being written
+and on the sign before that word. The numbers are averages over many windows of the validation text, without the first
+half of each window, where there is little past to choose from.
 """
 
 import json
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from data import load_data, windows
 from model import attention_weights
 from sample import load
@@ -49,12 +50,18 @@ def attention_maps(model, idx):
     return torch.stack(maps)
 
 
-def habits(maps, idx) -> list[dict]:
-    """What each head does on average: maps [L, B, H, T, T] of tokens [B, T] -> one row for each layer and head."""
+def word_starts(breaks):
+    """For each position the last break before it, 0 if there is none: breaks [B, T], bool -> [B, T]."""
+    last = torch.where(breaks, torch.arange(breaks.shape[1]), 0).cummax(1).values
+    return F.pad(last[:, :-1], (1, 0))
+
+
+def habits(maps, breaks) -> list[dict]:
+    """What each head does on average: maps [L, B, H, T, T], breaks (no letters) [B, T] -> a row for each head."""
     L, _, H, T, _ = maps.shape
     late = slice(T // 2, T)  # positions with a past to choose from
-    back = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0).float()  # [T, T]: from row back to column
-    same = (idx[:, None, :, None] == idx[:, None, None, :]).float().tril(-1)  # [B, 1, T, T]: an earlier occurrence
+    back = (torch.arange(T)[:, None] - torch.arange(T))[late]  # [T / 2, T]: from row back to column
+    start = word_starts(breaks)[:, None, late, None].expand(-1, H, -1, 1)  # [B, H, T / 2, 1]
     rows = []
     for layer in range(L):
         weights = maps[layer][:, :, late]  # [B, H, T / 2, T]
@@ -63,14 +70,17 @@ def habits(maps, idx) -> list[dict]:
             return per_position.mean(dim=(0, 2)).tolist()  # [B, H, T / 2] -> one number for each head
 
         columns = {
-            "chars back": mean((weights * back[late]).sum(-1)),
-            "on itself": mean((weights * (back == 0)[late]).sum(-1)),
-            "on the last": mean((weights * (back == 1)[late]).sum(-1)),
-            "on the same": mean((weights * same[:, :, late]).sum(-1)),
+            "chars back": mean((weights * back).sum(-1)),
             "spread over": mean(torch.special.entr(weights).sum(-1).exp()),
+            "itself": mean((weights * (back == 0)).sum(-1)),
+            "1 back": mean((weights * (back == 1)).sum(-1)),
+            "2 back": mean((weights * (back == 2)).sum(-1)),
+            "first letter": mean(weights.gather(-1, start + 1)[..., 0]),
+            "before word": mean(weights.gather(-1, start)[..., 0]),
         }
         for h in range(H):
-            rows.append({"layer.head": f"{layer}.{h}"} | {name: values[h] for name, values in columns.items()})
+            numbers = {name: round(values[h], 4) for name, values in columns.items()}
+            rows.append({"layer.head": f"{layer}.{h}"} | numbers)
     return rows
 
 
@@ -114,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
 
     log = RunLog(__file__, "maps", {**vars(args), "corpus": corpus})
     idx = windows(val, T)[0][:args.windows]
-    rows = habits(attention_maps(model, idx), idx)
+    breaks = ~torch.tensor([char.isalpha() for char in vocab.chars])
+    rows = habits(attention_maps(model, idx), breaks[idx])
     table(f"What the heads of {args.run} look at, over {len(idx)} windows of {corpus}", rows)
     file = log.figure(draw(attention_maps(model, vocab.encode(text)[None])[:, 0], text), "maps")
     log.finish(text=text, heads=rows)

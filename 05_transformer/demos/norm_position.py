@@ -2,7 +2,7 @@
 warm-up, in a stack of six blocks.
 
     uv run stages run 05 demos/norm_position.py
-    uv run stages run 05 demos/norm_position.py --n-layer 12 --seeds 1
+    uv run stages run 05 demos/norm_position.py --n-layer 12 --seeds 3
 
 Two things are measured. Before training, at several depths: the length of the last block's gradient, and how far one
 step of Adam moves what the head reads (0: nowhere; 1.41, the root of 2: to something unrelated). In a pre-norm stack
@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 NORMS = ("pre", "post")
 RATES = (1e-3, 3e-3, 1e-2)
 DEPTHS = (1, 2, 4, 8, 16)
-T, BATCH = 32, 8  # positions, windows in a batch
+T, BATCH = 32, 16  # positions, windows in a batch
 LAST = 20  # steps whose mean loss is the result
 
 
@@ -109,8 +109,8 @@ def draw(curves: dict, moves: dict, warmups: tuple[int, int], floor: float):
 def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: 150)")
-    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: 3)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each model (default: 200)")
+    parser.add_argument("--seeds", type=int, default=2, help="models of each kind (default: 2)")
     parser.add_argument("--n-layer", type=int, default=6, help="blocks (default: 6)")
     args = parser.parse_args(argv)
     if args.steps < LAST or args.seeds < 1 or args.n_layer < 1:

@@ -31,23 +31,32 @@ def test_the_maps_are_the_weights_in_use():
     assert not model.blocks[0].attn._forward_hooks and model.training, "the model is handed back as it came"
 
 
+def test_word_starts_by_hand():
+    """The break that counts is the last one before a position, not the position itself."""
+    text = "ab, cd e"
+    breaks = torch.tensor([[not char.isalpha() for char in text]])
+    assert maps.word_starts(breaks).tolist() == [[0, 0, 0, 2, 3, 3, 3, 6]]
+
+
 def test_the_table_says_what_a_head_does():
-    """A head on the character before, one on itself, and one that spreads evenly are told apart."""
-    idx = torch.tensor([[1, 2, 1, 2, 1, 2, 1, 2]])
-    T = 8
+    """Heads on the character before, on the position itself, on the word's start and on everything are told apart."""
+    T, breaks = 8, torch.tensor([[False, False, True, False, False, False, True, False]])
     before = torch.diag(torch.ones(T - 1), -1)  # row t looks at t - 1
     before[0, 0] = 1
+    start = torch.eye(T)[[0, 0, 0, 2, 2, 2, 2, 6]]
     even = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
-    rows = maps.habits(torch.stack([before, torch.eye(T), even])[None, None], idx)
-    assert [row["layer.head"] for row in rows] == ["0.0", "0.1", "0.2"]
-    last, itself, spread = rows
-    assert last["chars back"] == last["on the last"] == last["spread over"] == 1 and last["on itself"] == 0
-    assert itself["on itself"] == 1 and itself["chars back"] == itself["on the same"] == 0
-    # Positions 4 to 7 look evenly over 5 to 8 positions: (t + 1) of them, t / 2 back on average.
-    assert spread["spread over"] == pytest.approx((5 + 6 + 7 + 8) / 4, rel=1e-5)
-    assert spread["chars back"] == pytest.approx((4 + 5 + 6 + 7) / 8, rel=1e-5)
-    # The same character stands 2, 4, 6 back: 2 of 5 positions, 2 of 6, 3 of 7, 3 of 8.
-    assert spread["on the same"] == pytest.approx((2 / 5 + 2 / 6 + 3 / 7 + 3 / 8) / 4, rel=1e-5)
+    rows = maps.habits(torch.stack([before, torch.eye(T), start, even])[None, None], breaks)
+    assert [row["layer.head"] for row in rows] == ["0.0", "0.1", "0.2", "0.3"]
+    last, itself, word, spread = rows
+    assert last["chars back"] == last["1 back"] == last["spread over"] == 1 and last["itself"] == last["2 back"] == 0
+    assert itself["itself"] == 1 and itself["chars back"] == 0
+    # Rows 4 to 7 look back at 2, 2, 2 and 6.
+    assert word["before word"] == 1 and word["first letter"] == 0 and word["chars back"] == (2 + 3 + 4 + 1) / 4
+    # They look evenly over 5 to 8 positions, half that far back on average; each place has 1/5 to 1/8 of the weight.
+    assert spread["spread over"] == pytest.approx((5 + 6 + 7 + 8) / 4, abs=1e-3)
+    assert spread["chars back"] == pytest.approx((4 + 5 + 6 + 7) / 8, abs=1e-3)
+    for name in ("itself", "1 back", "2 back", "first letter", "before word"):
+        assert spread[name] == pytest.approx((1 / 5 + 1 / 6 + 1 / 7 + 1 / 8) / 4, abs=1e-3), name
 
 
 def test_the_demo_runs(text, out, capsys):
