@@ -57,7 +57,7 @@ def fit(model, x, y, args, in_order: bool, bar) -> None:
 
 
 @torch.no_grad()
-def loss_by_place(model, x, y, batch_size: int, company: str, batches: int = 2000) -> torch.Tensor:
+def loss_by_place(model, x, y, batch_size: int, company: str, batches: int) -> torch.Tensor:
     """Mean loss of the first, second, ... window of a batch [batch_size], over the same kind of batches for all."""
     model = copy.deepcopy(model).train(company != "running statistics")
     generator = torch.Generator().manual_seed(0)
@@ -106,12 +106,13 @@ def main(argv=None):
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a batch (default: 4)")
     parser.add_argument("--steps", type=int, default=4000, help="steps of each training (default: 4000)")
+    parser.add_argument("--looks", type=int, default=2000, help="batches behind each loss (default: 2000)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
     parser.add_argument("--n-hidden", type=int, default=128, help="units of each layer (default: 128)")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
-    if args.batch_size < 2 or args.steps < 1 or not args.lr > 0:
-        raise BadInput("--batch-size must be at least 2, --steps at least 1, --lr above 0")
+    if args.batch_size < 2 or min(args.steps, args.looks) < 1 or not args.lr > 0:
+        raise BadInput("--batch-size must be at least 2, --steps and --looks at least 1, --lr above 0")
     setup("cpu", args.seed)
     data = load_data(args.corpus)
     log = RunLog(__file__, "leak", {**vars(args), "corpus": data.name})
@@ -130,7 +131,7 @@ def main(argv=None):
             torch.manual_seed(args.seed)
             model = MLP(ModelConfig(V, T, n_hidden=args.n_hidden, n_layer=2, norm=norm))
             fit(model, x, y, args, in_order, bar)
-            by_place = {c: loss_by_place(model, val_x, val_y, args.batch_size, c) for c in COMPANY}
+            by_place = {c: loss_by_place(model, val_x, val_y, args.batch_size, c, args.looks) for c in COMPANY}
             name = f"{norm} norm, {'in order' if in_order else 'shuffled'}"
             rows.append({"trained": name} | {c: loss.mean().item() for c, loss in by_place.items()})
             in_company = by_place["in text order"].tolist()

@@ -168,19 +168,6 @@ def test_evaluating_and_sampling_hand_the_model_back_in_training_mode():
     assert all(module.training for module in model.modules()), "sample left the model in evaluation mode"
 
 
-def test_sampling_uses_running_statistics_and_moves_none():
-    """Sampling shows a BatchNorm model one window at a time: it needs the running statistics, and leaves them alone."""
-    model = small(norm="batch")
-    model(torch.randint(11, (50, 3)))
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        new = sample(model, torch.zeros(3, dtype=torch.long), 5, SampleConfig())
-    except BadInput as error:
-        raise AssertionError(f"sampling ran in training mode: {error}") from None
-    assert len(new) == 5
-    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers()), "sampling moved the statistics"
-
-
 def test_training_never_sees_the_other_texts_windows():
     """Characters that only the validation text has keep their first embedding: nothing of it reached the training."""
     data = torch.randint(8, (200,))  # 8, 9 and 10 never occur

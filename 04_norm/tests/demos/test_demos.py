@@ -19,7 +19,7 @@ def summary(out, name) -> dict:
 
 def test_depth_measures_the_derived_factors(text, out):
     """Per block the first gradient changes by the factor that theory derives, in stacks with and without norm."""
-    depth.main(["--corpus", str(text), "--depths", "4", "24", "--n-hidden", "64", "--seeds", "2", "--steps", "0"])
+    depth.main(["--corpus", str(text), "--depths", "4", "16", "--n-hidden", "64", "--seeds", "2", "--steps", "0"])
     rows = {row["stack"]: row for row in summary(out, "depth")["rows"]}
     assert len(rows) == 7
     for name, row in rows.items():
@@ -37,7 +37,7 @@ def test_depth_trains_and_refuses(text, out):
 def test_batch_norm_leaks_and_layer_norm_does_not(text, out, monkeypatch):
     """A window's probability moves with its company under BatchNorm in training, and in no other case."""
     monkeypatch.setattr(leak, "COMPANIONS", (100, 500))
-    leak.main(["--corpus", str(text), "--steps", "20", "--n-hidden", "16"])
+    leak.main(["--corpus", str(text), "--steps", "20", "--n-hidden", "16", "--looks", "50"])
     found = summary(out, "leak")
     batch, layer = found["untrained"]
     assert batch["first company"] != pytest.approx(batch["second company"], rel=1e-3)
