@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 3000  # optimiser steps
+    steps: int = 2750  # optimiser steps
     batch_size: int = 16  # windows per step, over all micro-batches and processes
     accumulate: int = 1  # micro-batches a step is split into, when the whole batch does not fit into memory
     lr: float = 2e-3  # highest learning rate
