@@ -71,9 +71,9 @@ def draw(curves: dict):
 def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of each model (default: 500)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each model (default: 300)")
     parser.add_argument("--seeds", type=int, default=2, help="models of each kind (default: 2)")
-    parser.add_argument("--block-size", type=int, default=32, help="positions (default: 32)")
+    parser.add_argument("--block-size", type=int, default=64, help="positions (default: 64)")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.block_size < 2:
         raise BadInput(f"--seeds {args.seeds}, --block-size {args.block_size}: at least 1 seed and 2 positions")
