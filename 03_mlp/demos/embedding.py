@@ -1,10 +1,12 @@
-"""What the embedding has learned: characters that are used alike lie close together.
+"""What an embedding learns: characters that are used alike come to lie close together.
 
-    uv run stages run 03 && uv run stages run 03 demos/embedding.py
+    uv run stages run 03 demos/embedding.py
+    uv run stages run 03 demos/embedding.py --n-embd 8
+    uv run stages run 03 demos/embedding.py --run default
 
-Nobody told the model what a vowel is. Each character is a point in n_embd dimensions, moved about by the training only.
-The figure shows the two directions in which the points spread most (principal components); the table lists each
-character's nearest neighbours among all n_embd dimensions.
+Nobody tells the model what a vowel is. A small model with two numbers for each character is trained, so that the embedding
+can be drawn as it is. With more numbers the figure shows the two directions in which the points spread most (principal
+components). With --run a trained run is looked at instead.
 """
 
 import argparse
@@ -14,14 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
 import torch
-import torch.nn.functional as F
+from data import load_data
 from matplotlib.figure import Figure
+from model import MLP, ModelConfig
 from sample import load
 from shared import options
-from shared.console import say, table
+from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import cli
+from shared.errors import BadInput, cli
 from shared.runlog import RunLog, run_folder
+from train import TrainConfig, evaluate, train
 
 GROUPS = {"vowels": "aeiou", "consonants": "bcdfghjklmnpqrstvwxyz", "capitals": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 COLORS = {"vowels": "tab:red", "consonants": "tab:blue", "capitals": "tab:green", "others": "gray"}
@@ -44,9 +48,8 @@ def principal(points):
 
 
 def neighbours(points, count: int):
-    """The `count` nearest other points of each, by the angle between them, nearest first: [V, C] -> [V, count]."""
-    unit = F.normalize(points, dim=-1)
-    return (unit @ unit.T).fill_diagonal_(-2.0).topk(count, dim=-1).indices
+    """The `count` nearest other points of each, nearest first: [V, C] -> [V, count]."""
+    return torch.cdist(points, points).fill_diagonal_(torch.inf).topk(count, dim=-1, largest=False).indices
 
 
 def same_group(chars: str, nearest) -> dict[str, dict[str, float]]:
@@ -68,18 +71,38 @@ def draw(points, shares, chars: str) -> Figure:
     for (x, y), char in zip(points.tolist(), chars, strict=True):
         axes.text(x, y, NAMES.get(char, char).replace("$", r"\$"), color=COLORS[group(char)], ha="center", va="center",
                   fontsize=12, fontweight="bold")
-    axes.set(xlabel=f"first component, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
+    axes.set(xlabel=f"first direction, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
     axes.legend(handles=[axes.scatter([], [], color=color, label=name) for name, color in COLORS.items()])
     return fig
 
 
+def small_model(corpus: str | None, n_embd: int, steps: int, seed: int):
+    """Train a small model, (model, vocabulary)."""
+    data = load_data(corpus)
+    model = MLP(ModelConfig(len(data.vocab), block_size=4, n_embd=n_embd, n_hidden=128, activation="tanh"))
+    with progress(steps, "training") as bar:
+        for step, loss in train(model, data.train, TrainConfig(steps=steps, batch_size=256, seed=seed)):
+            bar.update(step, loss=loss)
+    say(f"{data.name}: validation loss {evaluate(model, data.val):.3f} with {n_embd} numbers for each character")
+    return model, data.vocab
+
+
 def main(argv=None):
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="default", help="the trained run, a folder under out/ (default: default)")
-    parser.add_argument("--chars", default="aetsAT., ", help="characters whose neighbours to list")
+    parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
+    parser.add_argument("--n-embd", type=int, default=2, help="numbers that describe one character (default: 2)")
+    parser.add_argument("--steps", type=int, default=2500, help="steps of the training (default: 2500)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", help="look at this run, a folder under out/, instead of training")
+    parser.add_argument("--chars", default="aetAT., ", help="characters whose neighbours to list")
     args = parser.parse_args(argv)
-    setup("cpu")
-    model, vocab = load(run_folder(__file__, args.run) / "model.pt")
+    if args.n_embd < 2:
+        raise BadInput(f"--n-embd {args.n_embd}: a map needs at least 2")
+    setup("cpu", args.seed)
+    if args.run:
+        model, vocab = load(run_folder(__file__, args.run) / "model.pt")
+    else:
+        model, vocab = small_model(args.corpus, args.n_embd, args.steps, args.seed)
     asked = vocab.encode(args.chars)
     log = RunLog(__file__, "embedding", vars(args))
 

@@ -21,11 +21,13 @@ def test_principal_components_are_the_covariance_s_eigenvectors():
     assert np.allclose(shares.numpy(), values[::-1][:2] / values.sum()), "shares of the variance"
 
 
-def test_neighbours_by_angle():
-    """A point's neighbours are those in the same direction, however long, and never the point itself."""
-    points = torch.tensor([[1.0, 0.0], [5.0, 0.5], [0.0, 1.0], [-1.0, 0.0], [1.0, 1.1]])
-    assert embedding.neighbours(points, 2).tolist()[0] == [1, 4], "by angle: 6 degrees, then 48"
-    assert embedding.neighbours(points, 4).tolist()[3] == [2, 4, 1, 0], "opposite directions come last"
+def test_neighbours_are_the_nearest_other_points():
+    """A point's neighbours are those at the smallest distance, nearest first, and never the point itself."""
+    points = torch.tensor([[1.0, 0.0], [5.0, 0.5], [0.0, 1.0], [-1.1, 0.0], [1.0, 1.1]])
+    distances = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in points.tolist()] for p in points.tolist()]
+    for i, row in enumerate(distances):
+        expected = sorted((j for j in range(5) if j != i), key=row.__getitem__)
+        assert embedding.neighbours(points, 4)[i].tolist() == expected, f"neighbours of point {i}"
 
 
 def test_groups():
@@ -37,7 +39,7 @@ def test_groups():
     assert rows["consonants"] == {"found": 0.0, "by chance": 0.0}
 
 
-def test_the_demo_runs(trained, out, capsys):
+def test_the_demo_draws_a_run(trained, out, capsys):
     """The demo reads a run and draws every character."""
     embedding.main(["--run", "tiny", "--chars", "at "])
     assert "vowels" in json.loads((out / "embedding" / "summary.json").read_text("utf-8"))["same_group"]
@@ -45,3 +47,11 @@ def test_the_demo_runs(trained, out, capsys):
     assert "␣" in capsys.readouterr().out, "the space has a visible name"
     with pytest.raises(BadInput, match="'Z' is not among"):
         embedding.main(["--run", "tiny", "--chars", "Z"])
+
+
+def test_the_demo_trains_a_small_model(text, out, capsys):
+    """Without a run the demo trains a model of its own, with as many numbers per character as asked for."""
+    embedding.main(["--corpus", str(text), "--steps", "5", "--chars", "at"])
+    assert "with 2 numbers for each character" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="at least 2"):
+        embedding.main(["--corpus", str(text), "--n-embd", "1"])
