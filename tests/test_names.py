@@ -31,7 +31,7 @@ CORE = {"torch>=2.11", "numpy", "tiktoken", "rich", "stages-shared"}
 FOLDERS = {"extras", "demos", "tests"}
 TRACKED_BYTES = 400_000
 # Written so that this file does not name them. PyTorch's own index of CPU builds may stand in the README.
-HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download." + "pytorch.org"]
+HOSTS = ["pypi" + ".org", "python" + "hosted.org", "download." + "pytorch.org"]
 MACHINE_PATH = r"(?<![\w.])/(work|home|Users|root)/\w|\b[A-Z]:\\Users"
 
 
