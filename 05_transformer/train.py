@@ -79,8 +79,13 @@ def train(model, data, config: TrainConfig):
 def save(path: Path, model, vocab):
     """Write what `sample.load` needs. The file appears whole or not at all."""
     partial = path.with_suffix(".partial")
-    torch.save({"config": asdict(model.config), "chars": vocab.chars, "model": model.state_dict()}, partial)
-    os.replace(partial, path)
+    try:
+        torch.save({"config": asdict(model.config), "chars": vocab.chars, "model": model.state_dict()}, partial)
+        os.replace(partial, path)
+    except RuntimeError:  # what torch makes of a full disk
+        raise OSError(f"cannot write {path}: is the disk full? The checkpoint before it, if any, is whole") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(argv=None):

@@ -224,19 +224,21 @@ def test_a_checkpoint_comes_back_as_it_was(checkpoint):
     assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "the partial file is renamed, not left behind"
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(checkpoint, monkeypatch):
-    """A save that breaks off half-way leaves the checkpoint of before untouched."""
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_failed_save_keeps_the_old_checkpoint(error, checkpoint, monkeypatch):
+    """A save that breaks off half-way leaves the checkpoint of before untouched, and no half of a new one."""
     model, vocab, path = checkpoint
     before = path.read_bytes()
 
     def full_disk(state, file):
         file.write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match="no space left|is the disk full"):
         train.save(path, model, vocab)
     assert path.read_bytes() == before, "write to another file and rename it: the old one stays until the new is whole"
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "half a checkpoint fills the disk for nothing"
 
 
 def test_a_missing_checkpoint_is_explained(tmp_path):
