@@ -36,6 +36,12 @@ def test_all_three_generators_follow_the_seed(seed):
     assert all(a != b for a, b in zip(draw(), first)), "a generator ignores the seed"
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**64)])
+def test_a_seed_of_more_than_64_bits(seed):
+    with pytest.raises(BadInput, match="does not fit into 64 bits"):
+        device.setup("cpu", seed)
+
+
 def test_auto_takes_cuda_and_never_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert device.choose("auto") == torch.device("cpu"), "mps' numbers differ: only on request"

@@ -14,9 +14,11 @@ def setup(device: str = "auto", seed: int = 1337) -> torch.device:
 
     `auto` is CUDA where there is one, else the CPU. Apple's `mps` has to be asked for, because its numbers differ.
     Threads stay as torch sets them: one per core, or OMP_NUM_THREADS, which `torchrun` sets too.
-    Raises BadInput for a device that is unknown or not there.
+    Raises BadInput for a device that is unknown or not there, and for a seed of more than 64 bits.
     """
     chosen = choose(device)
+    if abs(seed) >= 2**63:
+        raise BadInput(f"seed {seed} does not fit into 64 bits: use a smaller number")
     random.seed(seed)
     np.random.seed(seed % 2**32)  # the only one of the three that refuses negative and large seeds
     torch.manual_seed(seed)  # every device
