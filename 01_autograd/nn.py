@@ -33,7 +33,7 @@ class Module:
 class Neuron(Module):
     """activation(w1 x1 + ... + wn xn + b): weighs the evidence, adds its own bias, squashes.
 
-    n_in weights and the bias start uniform in +-1 / sqrt(n_in), so that the sum has about the size of one input.
+    n_in weights and the bias start uniform in +-1 / sqrt(n_in), so that the sum neither grows nor shrinks with n_in.
     `activation` None gives the bare sum, a logit.
     """
 

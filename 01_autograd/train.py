@@ -241,7 +241,7 @@ def draw_moons(points: np.ndarray, classes: np.ndarray, runs: dict[str, MoonsRun
         draw_field(axes, partial(moons_probability, run.model), points, classes, margin=0.3, cells=150)
         axes.set_title(f"{name}: {run.accuracy:.1%}", fontsize=10)
         right.plot(run.losses, label=name)
-    right.set_title("loss, nats per point", fontsize=10)
+    right.set_title("loss (cross-entropy)", fontsize=10)
     right.set(xlabel="step", yscale="log")
     right.legend()
     return fig

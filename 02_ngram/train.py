@@ -130,7 +130,7 @@ def summary(counted: list[dict], learned: dict) -> list[dict]:
         rows.append({
             "order": order, "add-k": add_k["val_loss"], "neural": learned["val_loss"] if order == 2 else None,
             "Kneser-Ney": loss, "perplexity": perplexity(loss), "bits/char": loss / math.log(2),
-            "seconds": round(kneser_ney["seconds"], 2),
+            "seconds": round(kneser_ney["seconds"], 3),
         })
     return rows
 

@@ -7,7 +7,7 @@ Unlike the one-hidden-layer model before it:
 - each block adds to its input instead of replacing it, so that the gradient has a straight way down.
 
 Shapes: B examples in a batch, T = block_size characters of context, C = n_embd numbers per character,
-H = n_hidden units, V characters.
+H = n_hidden units, V characters. In the norms C is the number of channels that they are given: H here.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Token files on disk, and the examples a model learns from: windows of tokens and the token that follows each.
 
-A file of tokens is read through a memory map: only the pages that a batch touches are loaded, so the text may be larger
-than the memory. Documents are separated by `<|endoftext|>` in the text and by one special token in the file.
+A file of tokens is read through a memory map: only the pages that a batch touches are loaded, and only the encoding
+needs the whole text in memory. Documents are separated by `<|endoftext|>` in the text and by one special token in the file.
 """
 
 import itertools
@@ -66,9 +66,9 @@ def windows(data: torch.Tensor, block_size: int):
 def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, start: int = 0):
     """Minibatches without end: each pass over the text draws every window once, in a new order.
 
-    Yields x, y [batch_size, block_size]. Drawing windows independently would show some three times before others once.
-    Each pass has a generator of its own, so that a run can go on at batch `start` as if it had never stopped. Raises
-    BadInput when the text does not fill one batch.
+    Yields x, y [batch_size, block_size]; the few windows that fill no whole batch are left out of the pass. Drawing
+    windows independently would show some three times before others once. Each pass has a generator of its own, so that
+    a run can go on at batch `start` as if it had never stopped. Raises BadInput when the text does not fill one batch.
     """
     per_pass = (len(data) - block_size) // block_size // batch_size  # whole batches, wherever the windows begin
     if per_pass < 1:

@@ -77,7 +77,7 @@ def attention(q, k, v):
     """Each position's average of the values, weighted by how well its query fits their keys: [..., T, D] x 3 -> same.
 
     Vaswani et al., "Attention Is All You Need" (2017), equation 1, with the causal mask. On a GPU one fused kernel does
-    it without ever storing the T x T weights; on a CPU, at this length, the two products written out are faster.
+    it without ever storing the T x T weights; on a CPU, in bfloat16 and at this length, two plain products are faster.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

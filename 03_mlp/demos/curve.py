@@ -31,7 +31,7 @@ def read(name: str) -> dict:
 
 
 def draw(runs: list[dict]) -> Figure:
-    """A line for each run's validation loss, from ln V on, and a dashed one for its training loss."""
+    """A line for each run's validation loss, which comes from ln V above, and a dashed one for its training loss."""
     fig = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = fig.subplots()
     for run in runs:

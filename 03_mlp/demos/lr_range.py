@@ -73,7 +73,7 @@ def draw(curve: list[tuple[float, float]], tried: list[dict], marks: dict[str, f
     above.plot(*zip(*curve, strict=True))
     for name, rate in marks.items():
         above.axvline(rate, color="gray", linestyle=":")
-        above.annotate(f"{name}: {rate:.0e}", (rate, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top",
+        above.annotate(f"{name}: {rate:.2g}", (rate, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top",
                        ha="right", fontsize=8)
     above.set(xscale="log", ylabel="loss, recent steps", title="range test: the rate grows at every step")
     above.set_ylim(top=curve[0][1] * 1.4)

@@ -130,13 +130,14 @@ def run(variant: str, rate: float, seed: int, data, args, bar) -> dict:
 def row_of(variant: str, rate: float, runs: list[dict], guessing: float) -> dict:
     """What the seeds of one variant and rate come to. A run that ends worse than guessing is counted, not averaged."""
     ends = [statistics.mean(run["losses"][-50:]) for run in runs]
+    kept = [run for run, end in zip(runs, ends, strict=True) if end < guessing]
     whole = [end for end in ends if end < guessing]
     row = {"variant": variant, "rate": rate, "diverged": f"{len(runs) - len(whole)} of {len(runs)}"}
     row["loss"] = statistics.mean(whole) if whole else None
     row["+-"] = statistics.stdev(whole) if len(whole) > 1 else None
     for name in ("shift", "turn"):
-        seen = [value for run in runs for value in run[f"{name}s"]]
-        row[name] = statistics.mean(seen) if whole else None
+        seen = [value for run in kept for value in run[f"{name}s"]]
+        row[name] = statistics.mean(seen) if seen else None
     return row
 
 
