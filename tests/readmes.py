@@ -34,7 +34,7 @@ def missing_sections(text: str, number: int) -> list[str]:
     expected = ["The idea", *([since] if number > 1 else []), *SECTIONS]
     found = [re.sub(rf"^({since})_[a-z]+$", r"\1", title) for title in headings(text)]
     problems = [] if found == expected else [f"sections are {found}, not {expected}"]
-    if not re.match(r"# \S.*\n\n[A-Z*`].*[.!:]", text):
+    if not re.match(r"# \S.*\n\n[A-Z*`](.|\n(?!\n))*?[.!:]", text):
         problems.append("it does not begin with a title and a sentence")
     return problems
 
