@@ -15,7 +15,8 @@ PAIRS = [(a, b) for a, b in zip(STAGES, STAGES[1:]) if b.trunk() and (b.path / "
 @pytest.mark.parametrize("old, new", PAIRS, ids=[b.name for _, b in PAIRS])
 def test_readme_table_is_what_changed(old, new):
     readme = (new.path / "README.md").read_text("utf-8")
-    assert section(readme), f'{new.name}/README.md has no section "## What changed since {old.name[:2]}"'
+    title = f"What changed since {old.name[:2]}"
+    assert section(readme, title), f'{new.name}/README.md has no section "## {title}"'
     found = problems(readme, old, new)
     assert not found, f"uv run python -m shared.stages.changes {new.number} prints the right table\n" + "\n".join(found)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from shared.errors import BadInput, cli
 from shared.stages.definitions import PSEUDO, WHOLE, Change, compare_stages, load
-from shared.stages.repo import Stage, find, stages
+from shared.stages.repo import Stage, before, find
 
 STATUSES = ("new", "changed", "removed")
 HEADER = "| file | definition | new/changed/removed | why |\n|---|---|---|---|"
@@ -37,16 +37,16 @@ class Row:
         return self.file, self.name
 
 
-def section(readme: str) -> str:
-    """The README's section "## What changed ...", "" if it has none."""
-    found = re.search(r"^## What changed.*?$(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
+def section(readme: str, title: str) -> str:
+    """What stands in a README under the heading of the second level that begins with `title`, "" if none does."""
+    found = re.search(rf"^## +{title}.*?$(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
     return found[1] if found else ""
 
 
 def parse(readme: str) -> list[Row]:
     """The rows of the table; a cell that is not there is empty."""
     rows = []
-    for line in section(readme).splitlines():
+    for line in section(readme, "What changed").splitlines():
         if not line.lstrip().startswith("|"):
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:])] + 3 * [""]
@@ -122,15 +122,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check a README's table of changes against what changed.")
     parser.add_argument("stage", help="a stage: 3, 03 or 03_mlp")
     new = find(parser.parse_args().stage)
-    earlier = [stage for stage in stages(new.path.parent) if stage.number < new.number]
-    if not earlier:
+    old = before(new)
+    if old is None:
         raise BadInput(f"{new.name} is the first stage: nothing changed before it")
     file = new.path / "README.md"
     readme = file.read_text("utf-8") if file.is_file() else ""
-    found = problems(readme, earlier[-1], new)
-    print(*found or [f"{new.name}: the README's table is what changed since {earlier[-1].name}"], sep="\n")
+    found = problems(readme, old, new)
+    print(*found or [f"{new.name}: the README's table is what changed since {old.name}"], sep="\n")
     if found:
-        print(f"\n{skeleton(readme, earlier[-1], new)}")
+        print(f"\n{skeleton(readme, old, new)}")
     return 1 if found else 0
 
 

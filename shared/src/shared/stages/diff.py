@@ -12,7 +12,7 @@ from shared.errors import BadInput
 from shared.runlog import write
 from shared.stages import html
 from shared.stages.definitions import Change, compare_stages, fold
-from shared.stages.repo import Stage, find, stages
+from shared.stages.repo import Stage, before, find
 
 COLOURS = {"new": "green", "changed": "yellow", "removed": "red"}
 CONTEXT = 3  # unchanged lines around a change
@@ -23,10 +23,10 @@ def pair(first: str, second: str | None) -> tuple[Stage, Stage]:
     if second:
         return find(first), find(second)
     new = find(first)
-    earlier = [stage for stage in stages(new.path.parent) if stage.number < new.number]
-    if not earlier:
+    old = before(new)
+    if old is None:
         raise BadInput(f"there is no stage before {new.name}: name two stages, as in `stages diff 1 2`")
-    return earlier[-1], new
+    return old, new
 
 
 def only(changes: list[Change], name: str, old: Stage, new: Stage) -> list[Change]:
@@ -85,6 +85,8 @@ def show(changes: list[Change]) -> None:
 def save(file: Path, text: str) -> None:
     """Write the page, whole or not at all. Raises BadInput where it cannot be written."""
     try:
+        if file.is_dir():
+            raise BadInput(f"{file} is a folder: name a file in it")
         write(file, text)
     except OSError as error:
         raise BadInput(f"cannot write {file} ({error.strerror}): choose another path") from None
