@@ -23,6 +23,20 @@ pythonpath = ["."]
 """
 
 
+def edit(text: str, *changes: tuple[str, str]) -> str:
+    """`text` with each (old, new) replaced; an old that is not there exactly once is the test's own mistake."""
+    for old, new in changes:
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def forget_git(monkeypatch) -> None:
+    """Delete what git sets for its hooks: run in one, a test would write into the caller's repository."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+
+
 def write(folder: Path, files: dict[str, str]) -> Path:
     """Write files by relative path, with their folders."""
     for name, text in files.items():

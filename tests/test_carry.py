@@ -4,6 +4,7 @@ import argparse
 import subprocess
 
 import pytest
+from course import edit, forget_git
 from shared.errors import BadInput
 from shared.stages import carry
 from shared.stages.definitions import definitions
@@ -48,13 +49,6 @@ def test_attention():
 DATA = "def load():\n    return 1\n"
 
 
-def edit(text: str, *changes: tuple[str, str]) -> str:
-    for old, new in changes:
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-        text = text.replace(old, new)
-    return text
-
-
 DEEPER = ("        x = self.embed(x)\n", "        x = self.embed(x)\n        x = self.block(x)\n")
 BLOCK = ("    def forward", "    def block(self, x):\n        return x\n\n    def forward")
 COURSE = {
@@ -85,6 +79,7 @@ def course(tmp_path, monkeypatch):
     for path, text in files.items():
         (top / path).parent.mkdir(parents=True, exist_ok=True)
         (top / path).write_bytes(text.encode("utf-8"))
+    forget_git(monkeypatch)
     for name in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{name}_NAME", "a")
         monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@example.org")
@@ -118,6 +113,18 @@ def touched() -> list[str]:
 
 def table_rows(out: str) -> list[list[str]]:
     return [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+
+
+@pytest.fixture
+def hook(tmp_path, monkeypatch):
+    """What git sets where it runs a hook."""
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "callers"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "callers_index"))
+
+
+def test_the_callers_repository_is_left_alone(hook, course, tmp_path):
+    assert (tmp_path / ".git").is_dir()
+    assert not list(tmp_path.glob("callers*")), "these tests, run in a git hook, write into the caller's repository"
 
 
 FIX = ("    scores = scores * SCALE\n", "    scores = scores / SCALE\n")
@@ -191,6 +198,14 @@ def test_a_conflict_stops_with_markers_in_the_definition(course, capsys):
     assert marked == "<<<<<<< 03_c\n        x = self.block(x)\n        return x\n=======\n        return -x\n"
 
 
+def test_what_is_to_be_checked_begins_with_the_fix(course, capsys):
+    stop(course)
+    resolve(course)
+    run("--continue")
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith("stages check 02 03 04 05"), "the stage whose conflict was resolved needs a check most of all"
+
+
 @pytest.mark.parametrize("words", [["--continue"], ["2"], ["2", "--continue"]])
 @pytest.mark.parametrize("commit", [False, True])
 def test_the_carry_goes_on_with_the_resolution(course, capsys, words, commit):
@@ -224,6 +239,49 @@ def test_a_stopped_carry_blocks_another_and_can_be_forgotten(course, capsys):
         run("3")
     (course / ".stages/carry.json").write_text("{", "utf-8")
     with pytest.raises(BadInput, match="--abort"):
+        run("2")
+
+
+def test_abort_says_what_it_forgets_and_a_dry_run_forgets_nothing(course, capsys):
+    assert run("--abort") == 0
+    assert capsys.readouterr().out.startswith("nothing to forget")
+    stop(course)
+    capsys.readouterr()
+    assert run("--abort", "--dry-run") == 0
+    assert (course / ".stages/carry.json").exists(), "a dry run writes nothing, and deletes nothing"
+    assert capsys.readouterr().out.startswith("would forget")
+    assert run("--abort") == 0 and not (course / ".stages/carry.json").exists()
+
+
+def test_what_git_does_not_know_is_never_written_to(course, capsys):
+    """Not even where the fix itself is a new file, or where the course lies in a repository that does not hold it."""
+    (course / "02_b/optim.py").write_text("def a():\n    return 1\n", "utf-8")
+    (course / "03_c/optim.py").write_text("def a():\n    return 2\n", "utf-8")
+    with pytest.raises(BadInput, match=r"03_c/optim\.py is not committed: commit it first"):
+        run("2")
+    (course / "03_c/optim.py").unlink()
+    assert run("2") == 0 and run("2") == 0, "what the carry itself has put there may stay"
+    git("rm", "-q", "-r", "--cached", ".")
+    git("commit", "-q", "-m", "a copy of the course in another repository")
+    change(course / "02_b/data.py", ("return 1", "return 2"))
+    with pytest.raises(BadInput, match=r"03_c/data\.py is not committed"):
+        run("2")
+    assert (course / "03_c/data.py").read_text("utf-8") == DATA, "a file that git does not know cannot be had back"
+
+
+@pytest.mark.parametrize(
+    ("committed", "told"),
+    [
+        (False, r"model\.py is not UTF-8 text \(byte 10\): save it"),
+        (True, r"model\.py as committed .* \(byte 10\): commit it"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_named(course, committed, told):
+    (course / "02_b/model.py").write_bytes(MODEL.replace("model", "modèle").encode("latin-1"))
+    if committed:
+        git("commit", "-q", "-a", "-m", "latin")
+        (course / "02_b/model.py").write_text(MODEL, "utf-8")
+    with pytest.raises(BadInput, match="02_b/" + told):
         run("2")
 
 

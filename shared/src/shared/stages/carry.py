@@ -41,6 +41,14 @@ def git(top: Path, *words: str) -> bytes | None:
     return None if done.returncode else done.stdout
 
 
+def decode(data: bytes, path: str, remedy: str) -> str:
+    """The text of a file. Raises BadInput where it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): {remedy}") from None
+
+
 def head(top: Path) -> str:
     """The current commit. Raises BadInput where there is none."""
     commit = git(top, "rev-parse", "--verify", "HEAD")
@@ -68,13 +76,13 @@ class Tree:
 
     def committed(self, path: str) -> str | None:
         """The text at the commit, with the line ends that a checkout gives it."""
-        text = git(self.top, "cat-file", "--filters", f"{self.commit}:{self.prefix}{path}")
-        return None if text is None else text.decode("utf-8")
+        data = git(self.top, "cat-file", "--filters", f"{self.commit}:{self.prefix}{path}")
+        return None if data is None else decode(data, f"{path} as committed", "commit it as UTF-8 first")
 
     def present(self, path: str) -> str | None:
         """The text now. Raises BadInput where a conflict is not resolved."""
         file = self.top / path
-        text = self.planned.get(path, file.read_bytes().decode("utf-8") if file.is_file() else None)
+        text = self.planned.get(path, decode(file.read_bytes(), path, "save it as UTF-8") if file.is_file() else None)
         if text and (marker := MARKERS.search(text)):
             line = text.count("\n", 0, marker.start()) + 1
             raise BadInput(f"{path} line {line} has a conflict marker: resolve the conflict first")
@@ -100,8 +108,8 @@ def refuse_uncommitted(tree: Tree, state: State, later: list[Stage]) -> None:
     for file in state.names:
         for stage in later:
             path = f"{stage.name}/{file}"
-            known = tree.committed(f"{state.fix}/{file}") is None or tree.committed(path) is not None
-            if not known and tree.present(path) is not None:
+            copies = (None, tree.present(f"{state.fix}/{file}"))  # not there, or carried before
+            if tree.committed(path) is None and tree.present(path) not in copies:
                 raise BadInput(f"{path} is not committed: commit it first")
 
 
@@ -131,6 +139,7 @@ def proceed(top: Path, state: State, dry: bool) -> int:
     """Carry on to the last stage or the first conflict: exit code 0 or 1."""
     record = top / ".stages" / "carry.json"
     tree = Tree(top, state.commit, dry)
+    reached = [stage.name for stage in stages(top) if state.fix <= stage.name <= state.at]
     for file in state.names:
         tree.present(f"{state.at}/{file}")  # refuses what is not resolved
     rows, conflicts = [], []
@@ -152,8 +161,9 @@ def proceed(top: Path, state: State, dry: bool) -> int:
     if conflicts and not dry:
         say("choose between the marks <<<<<<< and >>>>>>>, delete the marks, then: uv run stages carry --continue")
     elif not conflicts and not dry:
-        changed = dict.fromkeys(row["stage"][:2] for row in rows if row["result"] in (CARRIED, MERGED))
-        say(f"done: see `git diff`, then uv run stages check {' '.join([state.fix[:2], *changed])}")
+        changed = [row["stage"] for row in rows if row["result"] in (CARRIED, MERGED)]
+        numbers = dict.fromkeys(name[:2] for name in [*reached, *changed])
+        say(f"done: see `git diff`, then uv run stages check {' '.join(numbers)}")
     return 1 if conflicts else 0
 
 
@@ -183,12 +193,23 @@ def read_state(top: Path) -> State | None:
         raise BadInput(".stages/carry.json is damaged: forget it with `stages carry --abort`") from None
 
 
+def abort(top: Path, dry: bool) -> int:
+    """Forget a carry that stopped at a conflict, even one whose record is damaged."""
+    record = top / ".stages" / "carry.json"
+    if not record.exists():
+        say("nothing to forget: no carry has stopped at a conflict")
+    elif dry:
+        say("would forget the carry that stopped at a conflict; nothing was written")
+    else:
+        record.unlink()
+        say("forgotten; the files stay as they are: `git diff` shows them, `git restore FILE` takes one back")
+    return 0
+
+
 def command(args: argparse.Namespace) -> int:
     top = root()
     if args.abort:
-        (top / ".stages" / "carry.json").unlink(missing_ok=True)
-        say("forgotten; the files stay as they are: `git diff` shows them, `git restore FILE` takes one back")
-        return 0
+        return abort(top, args.dry_run)
     state = read_state(top)
     if not args.stage and not args.resume:
         raise BadInput("no stage: name the one that was mended, as in `stages carry 3`")
