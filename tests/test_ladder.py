@@ -2,17 +2,29 @@
 
 import json
 import os
+import signal
+import time
 
 import pytest
-from course import make, stages, write
-from shared.stages.ladder import FIGURE, REFERENCES
+from course import make, stages, start, write
+from shared.stages.ladder import FIGURE, REFERENCES, Rung, figure
 
 TRAIN = """\
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 run = sys.argv[1] if len(sys.argv) > 1 else "default"
 pathlib.Path("ran").write_text("yes")
 if pathlib.Path("fails").exists():
     sys.exit(3)
+if pathlib.Path("waits").exists():
+    try:
+        pathlib.Path("waiting").touch()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(1)
+        pathlib.Path("saved").touch()
+        sys.exit(130)
+if pathlib.Path("spoils").exists():
+    pathlib.Path("../README.md").write_text("no markers")
 folder = pathlib.Path(os.environ.get("STAGES_OUT", "out")) / run
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "summary.json").write_text(pathlib.Path(run + ".json").read_text())
@@ -128,3 +140,38 @@ def test_a_summary_from_last_year_is_no_result_of_this_run(course):
     code, _, err = stages(course, "ladder")
     assert code == 2 and "03 train.py wrote no out/default/summary.json" in err
     assert (course / "README.md").read_text("utf-8") == before
+
+
+def test_a_readme_that_lost_its_markers_meanwhile_gets_no_figure_either(course):
+    code, _, err = stages(write(course, {"03_third/spoils": ""}), "ladder")
+    assert code == 2 and "needs the markers" in err
+    assert not (course / FIGURE).exists(), "a figure beside a table that does not say the same"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
+def test_ctrl_c_gives_the_training_time_to_save(course):
+    folder = write(course / "01_first", {"waits": ""})
+    with start(course, "ladder") as process:
+        deadline = time.monotonic() + 30
+        while not (folder / "waiting").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "stopped\n")
+    assert (folder / "saved").exists(), "the training was killed before its checkpoint was written"
+
+
+def test_the_figure_explains_its_line_and_keeps_its_labels_inside(monkeypatch):
+    from matplotlib import pyplot
+
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    names = ("a bigram", "a network")
+    rows = [Rung("02_second", name, loss, seconds=99_999) for name, loss in zip(names, (2.484, 1.499))] + REFERENCES
+    figure(rows)
+    fig = kept[0]
+    (ax,) = fig.axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["nanoGPT's CPU recipe, published"]
+    fig.canvas.draw()
+    for label in ax.texts:
+        assert label.get_window_extent().x1 <= ax.bbox.x1, f"{label.get_text()!r} runs past the axes"

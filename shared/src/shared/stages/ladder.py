@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -79,7 +78,7 @@ REFERENCES = [
 
 def recipes(stage: repo.Stage) -> list[Recipe]:
     """The runs that the stage puts on the ladder."""
-    about = tomllib.loads((stage.path / "pyproject.toml").read_text("utf-8"))["tool"]["stages"]
+    about = repo.settings(stage.path / "pyproject.toml")["tool"]["stages"]
     return [
         Recipe(stage, entry.get("args", [stage.main]), entry.get("run", "default"), entry.get("name", stage.title))
         for entry in about.get("rungs", [{}])
@@ -104,7 +103,12 @@ def train(recipe: Recipe) -> None:
     say(f"\n{recipe}")
     start = time.time()
     env = {key: value for key, value in os.environ.items() if key != "STAGES_OUT"}
-    code = subprocess.run([sys.executable, *recipe.args], cwd=recipe.stage.path, env=env).returncode
+    child = subprocess.Popen([sys.executable, *recipe.args], cwd=recipe.stage.path, env=env)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.wait()  # Ctrl-C has reached it too, and saving a checkpoint takes a moment
+        raise
     if code:
         raise BadInput(f"{recipe} ended with {code}: the ladder is unchanged")
     if not recipe.summary.exists() or recipe.summary.stat().st_mtime < start - 1:
@@ -134,15 +138,21 @@ def figure(rows: list[Rung]) -> bytes:
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(8, 0.6 + 0.34 * len(rows)))
+    # Behind everything, and the labels on white, so that the line crosses out no number.
+    reference = f"{REFERENCES[0].stage}'s {REFERENCES[0].name}"
+    ax.axvline(REFERENCES[0].val_loss, color="tab:gray", linestyle=":", linewidth=1, zorder=0, label=reference)
+    label = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
     for y, rung in enumerate(rows):
         color = "tab:gray" if rung in REFERENCES else "tab:blue"
         ax.plot(rung.val_loss, y, "o", color=color)
         told = f"{rung.val_loss:.3f}" + (f"  in {rung.time} s" if rung.time else "")
-        ax.annotate(told, (rung.val_loss, y), (9, 0), textcoords="offset points", va="center")
-    ax.axvline(REFERENCES[0].val_loss, color="tab:gray", linestyle=":", linewidth=1)
+        ax.annotate(told, (rung.val_loss, y), (9, 0), textcoords="offset points", va="center", bbox=label)
+    ax.legend(loc="lower right", frameon=False)
     ax.set_yticks(range(len(rows)), [f"{rung.stage}  {rung.name}" for rung in rows])
     ax.invert_yaxis()
-    ax.margins(x=0.25)
+    losses = [rung.val_loss for rung in rows]
+    width = max(losses) - min(losses) or 1
+    ax.set_xlim(min(losses) - 0.1 * width, max(losses) + 0.4 * width)  # room for the label of the largest
     ax.set_xlabel("validation loss, nats per character")
     ax.grid(axis="y", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -161,7 +171,7 @@ def rewrite(text: str, block: str) -> str:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Train unless told otherwise, then rewrite the README's table and the figure: all of it or nothing."""
+    """Train unless told otherwise, then rewrite the README's table and the figure: neither before both are ready."""
     top = repo.root()
     readme = top / "README.md"
     rewrite(readme.read_text("utf-8"), "")  # complain before the minutes of training, not after
@@ -170,9 +180,9 @@ def command(args: argparse.Namespace) -> int:
         for recipe in ladder:
             train(recipe)
     rows = [rung for recipe in ladder for rung in rungs(recipe)] + REFERENCES
-    png = figure(rows)
+    png, text = figure(rows), rewrite(readme.read_text("utf-8"), markdown(rows))
     write(top / FIGURE, png)
-    write(readme, rewrite(readme.read_text("utf-8"), markdown(rows)))
+    write(readme, text)
     console.print(f"{len(rows)} rungs written to README.md and {FIGURE}")
     return 0
 
