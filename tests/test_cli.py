@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 from course import finish, make, stages, start, write
@@ -12,14 +11,14 @@ TRAIN = """\
 import json, os, sys, time
 
 def main():
-    print(json.dumps([sys.argv[1:], os.path.basename(os.getcwd())]), flush=True)
-    if "--wait" in sys.argv:
-        try:
+    try:
+        print(json.dumps([sys.argv[1:], os.path.basename(os.getcwd())]), flush=True)
+        if "--wait" in sys.argv:
             time.sleep(60)
-        except KeyboardInterrupt:
-            time.sleep(0.5)
-            print("checkpoint saved")
-            return 130
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        print("checkpoint saved")
+        return 130
     return 7 if "--fail" in sys.argv else 0
 
 
@@ -88,6 +87,7 @@ def test_damaged_progress_counts_as_none(course):
         (["frobnicate"], "'check'"),
         (["run"], "stages run N [script] [args...]"),
         (["run", "9"], "01_first, 02_second"),
+        (["run", "²"], "01_first, 02_second"),  # str.isdigit says that it is a digit, int that it is none
         (["run", "first"], "01_first, 02_second"),
         (["run", "1", "dream"], "train.py, demos/show.py"),
         (["run", "1", "../02_second/train.py"], "train.py, demos/show.py"),
@@ -95,12 +95,45 @@ def test_damaged_progress_counts_as_none(course):
         (["check", "7"], "01_first, 02_second"),
         (["diff", "7"], "01_first, 02_second"),
         (["carry", "7"], "01_first, 02_second"),
+        (["diff", "2", "--html", "."], "is a folder: name a file in it"),
+        (["diff", "2", "--html", ""], "is a folder: name a file in it"),
         (["ladder", "--fast"], "--no-train"),
     ],
 )
 def test_bad_arguments_get_one_line_that_says_what_is_allowed(course, words, allowed):
     code, out, err = stages(course, *words)
     assert (code, out) == (2, "") and one_line(err) and allowed in err, err
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("[project]\n", "has no [tool.stages] with title and main: add them"),
+        ("[tool.stages]\ntitle = 'Mine'\n", "has no [tool.stages] with title and main: add them"),
+        ("[tool.stages\n", "is not valid TOML"),
+        ("title = '\xff'", "is not valid TOML"),
+    ],
+)
+def test_a_folder_that_does_not_say_what_it_is(course, text, remedy):
+    (course / "13_mine").mkdir()
+    (course / "13_mine" / "pyproject.toml").write_bytes(text.encode("latin-1"))
+    code, _, err = stages(course)
+    assert code == 2 and one_line(err) and os.path.join("13_mine", "pyproject.toml") in err and remedy in err, err
+
+
+def test_a_script_in_another_encoding_does_not_hide_the_others(course):
+    (course / "01_first" / "latin.py").write_bytes(b"# caf\xe9\n")
+    code, _, err = stages(course, "run", "1", "dream")
+    assert code == 2 and "choose from train.py, demos/show.py" in err, err
+
+
+def test_names_in_the_overview_are_no_markup(course):
+    run = json.dumps({"corpus": "my[/]text", "val_loss": 1.5})
+    write(course, {"01_first/out/a/summary.json": run})
+    about = (course / "02_second" / "pyproject.toml").read_text("utf-8")
+    write(course, {"02_second/pyproject.toml": about.replace('"Second"', '"[b]Second"')})
+    code, out, err = stages(course)
+    assert code == 0 and "1.500 (my[/]text)" in out and "[b]Second" in out, err
 
 
 def test_outside_the_course(tmp_path):
@@ -138,7 +171,6 @@ def test_run_hands_everything_to_the_script(course, words, arguments):
 def test_ctrl_c_gives_the_script_time_to_save(course, whole_group):
     with start(course, "run", "1", "--wait") as process:
         process.stdout.readline()
-        time.sleep(0.2)
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "checkpoint saved\n", "")
@@ -146,15 +178,28 @@ def test_ctrl_c_gives_the_script_time_to_save(course, whole_group):
 
 def test_run_reads_paths_where_they_were_typed(course):
     """`stages run 1 --corpus my.txt` means the my.txt of the folder one stands in, not of the stage's."""
-    script = "import sys\nfrom shared.corpus import load\n\nif __name__ == '__main__':\n    print(load(sys.argv[1]).text)\n"
+    script = "import sys\nfrom shared.corpus import load\n\nif __name__ == '__main__':\n    "
+    script += "print(load(sys.argv[1]).text)\n"
     write(course, {"01_first/read.py": script, "texts/my.txt": "my words"})
     code, out, err = finish(start(course / "texts", "run", "1", "read", "my.txt"))
     assert (code, out) == (0, "my words\n"), err
 
 
-def test_run_keeps_a_relative_data_folder(course):
-    """STAGES_DATA=../data is relative to where the command was typed, too."""
-    script = "import os\n\nif __name__ == '__main__':\n    print(os.environ['STAGES_DATA'])\n"
-    write(course, {"01_first/where.py": script, "texts/a.txt": "a"})
-    _, out, err = finish(start(course, "run", "1", "where", STAGES_DATA="texts"))
-    assert os.path.samefile(out.strip(), course / "texts"), err
+WHERE = """\
+import os
+
+def test_where():
+    for name, folder in ("STAGES_DATA", "texts"), ("STAGES_OUT", "runs"):
+        assert os.environ[name] == os.path.abspath("../" + folder), f"{name} is looked for inside the stage"
+
+if __name__ == "__main__":
+    test_where()
+"""
+
+
+@pytest.mark.parametrize("words", [["run", "1", "tests/test_a.py"], ["check", "1"]], ids=" ".join)
+def test_relative_folders_are_those_of_where_the_command_was_typed(course, words):
+    """STAGES_DATA=../data and STAGES_OUT=../runs, whichever command starts the stage's code."""
+    write(course, {"01_first/tests/test_a.py": WHERE})
+    code, out, err = finish(start(course, *words, STAGES_DATA="texts", STAGES_OUT="runs"))
+    assert code == 0, out + err

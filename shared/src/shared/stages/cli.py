@@ -1,6 +1,7 @@
 """`uv run stages`: the command line of the learner's tool. One module per command, each with `add(subparsers)`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -38,6 +39,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 
     def command() -> int:
         args = parser().parse_args(words)
+        for name in ("STAGES_DATA", "STAGES_OUT"):  # typed here, and what runs a stage runs in the stage's folder
+            if os.environ.get(name):
+                os.environ[name] = os.path.abspath(os.environ[name])
         return args.func(args)
 
     errors.cli(command)

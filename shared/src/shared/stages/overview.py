@@ -2,6 +2,7 @@
 
 import argparse
 
+from rich.markup import escape
 from rich.table import Table
 
 from shared.console import console, say
@@ -60,7 +61,8 @@ def show(args: argparse.Namespace) -> int:
     for stage in stages:
         progress = record.get(stage.name)
         style = "" if progress is None else "green" if progress.complete else "red"
-        table.add_row(stage.name, stage.title, f"[{style}]{passed(progress)}[/]" if style else "", best_loss(stage))
+        checkpoints = f"[{style}]{passed(progress)}[/]" if style else ""
+        table.add_row(stage.name, escape(stage.title), checkpoints, escape(best_loss(stage)))
     console.print(table)
     say(f"\nnext: {advice(stages, record)}")
     return 0

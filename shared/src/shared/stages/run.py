@@ -13,7 +13,8 @@ from shared.stages.repo import Stage, find
 def scripts(stage: Stage) -> list[str]:
     """Everything in the stage that runs as a program, e.g. ["sample.py", "train.py", "demos/moons.py"]."""
     files = [*stage.trunk(), *sorted(stage.path.glob("extras/*.py")), *sorted(stage.path.glob("demos/*.py"))]
-    return [f.relative_to(stage.path).as_posix() for f in files if "\nif __name__ ==" in f.read_text("utf-8")]
+    # Bytes, because a file in another encoding is no reason to leave the others out.
+    return [f.relative_to(stage.path).as_posix() for f in files if b"\nif __name__ ==" in f.read_bytes()]
 
 
 def choose(stage: Stage, words: list[str]) -> tuple[str, list[str]]:
@@ -36,10 +37,7 @@ def command(args: argparse.Namespace) -> int:
     stage = find(args.stage)
     script, rest = choose(stage, args.words)
     words = [sys.executable, script, *rest]
-    # Paths were typed here, and the script runs there.
-    os.environ["STAGES_FROM"] = os.getcwd()
-    if os.environ.get("STAGES_DATA"):
-        os.environ["STAGES_DATA"] = os.path.abspath(os.environ["STAGES_DATA"])
+    os.environ["STAGES_FROM"] = os.getcwd()  # paths were typed here, and the script runs there
     os.chdir(stage.path)
     sys.stdout.flush()
     if os.name == "posix":
