@@ -10,12 +10,14 @@ from course import make, stages, write
 from shared.corpus import SOURCES
 from shared.stages import doctor
 
+usage = namedtuple("usage", "total used free")
 BOUNDS = '[tool.uv]\nconstraint-dependencies = ["torch>=2.11,<9"]\n'
 
 
 @pytest.fixture
 def course(tmp_path, monkeypatch):
-    """A course on a machine whose caches and data folder are empty."""
+    """A course on a machine with room on its disk, whose caches and data folder are empty."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
     monkeypatch.delenv("STAGES_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
@@ -79,11 +81,19 @@ def test_a_wrong_gradient_is_noticed(course, monkeypatch):
     assert "by hand it is 4 and [-4, -8, -12]" in lines(out)["backward"]
 
 
-def test_a_full_disk_is_required_to_be_cleared(course, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**9, 10**9))
+@pytest.mark.parametrize(("free", "told"), [(10**9, "1.0"), (1_999_000_000, "1.9")])
+def test_a_full_disk_is_required_to_be_cleared(course, monkeypatch, free, told):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - free, free))
     code, out, _ = stages(course, "doctor")
-    assert code == 1 and lines(out)["disk"] == "missing 1 GB free: make room: 2 GB are enough"
+    assert code == 1 and lines(out)["disk"] == f"missing {told} GB free: make room: 2 GB are enough"
+
+
+def test_outside_the_course_what_can_be_said_is_said(course):
+    (course / "pyproject.toml").unlink()
+    code, out, err = stages(course, "doctor")
+    found = lines(out)
+    assert (code, err) == (1, "") and list(found) == list(doctor.CHECKS), "one check that cannot be made ends the rest"
+    assert found["torch"].endswith("is not inside the course: change to its folder first")
 
 
 def test_more_threads_than_cores_are_noticed(course, monkeypatch):

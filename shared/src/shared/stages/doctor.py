@@ -96,7 +96,8 @@ def bfloat16() -> Finding:
 def disk() -> Finding:
     free = shutil.disk_usage(repo.root()).free
     remedy = f"make room: {FREE / 1e9:.0f} GB are enough"
-    return Finding(free >= FREE, f"{free / 1e9:.0f} GB free", remedy, required=True)
+    # Rounded down: 1.99 GB shown as 2 would be called too little for 2.
+    return Finding(free >= FREE, f"{free // 10**8 / 10:.1f} GB free", remedy, required=True)
 
 
 def dot() -> Finding:
@@ -151,6 +152,9 @@ def examine(name: str, check: Callable[[], Finding]) -> Finding:
     """The finding; a check that breaks down is a finding too (a torch that cannot be imported, say)."""
     try:
         return check()
+    except BadInput as error:
+        cause, _, remedy = str(error).partition(": ")
+        return Finding(False, cause, remedy, required=True)
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Finding(False, reason, "uv sync --all-packages --reinstall", required=True)
