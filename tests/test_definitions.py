@@ -298,4 +298,13 @@ def test_what_is_not_python_is_refused_by_name(tmp_path):
     file.write_bytes(b"x = '\xff'")
     with pytest.raises(BadInput, match="not valid Python"):
         load(file)
+    file.write_bytes(b"x = 1\0\n")
+    with pytest.raises(BadInput, match=r"model\.py is not valid Python \(.*null bytes"):
+        load(file)
     assert load(tmp_path / "none.py") == {}
+
+
+def test_a_mark_before_the_first_character_is_none_of_the_text(tmp_path):
+    (tmp_path / "plain.py").write_text(OLD, "utf-8")
+    (tmp_path / "marked.py").write_text(OLD, "utf-8-sig")
+    assert load(tmp_path / "marked.py") == load(tmp_path / "plain.py"), "the mark of some Windows editors is no change"

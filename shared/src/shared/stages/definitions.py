@@ -11,7 +11,7 @@
         def forward(...): ...   "GPT.forward", method
     BLOCK = 8                   "BLOCK", constant
 
-Three names are made up: `docstring` (the module's), `imports` and `main guard`.
+Four names are made up: `docstring` (the module's), `imports`, `main guard` and `module code`.
 """
 
 import ast
@@ -195,9 +195,9 @@ def load(path: Path) -> dict[str, Definition]:
     if not path.is_file():
         return {}
     try:
-        return definitions(path.read_text("utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        where = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        return definitions(path.read_text("utf-8-sig"))  # some editors write a mark before the first character
+    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte, which has no line
+        where = f" line {error.lineno}" if getattr(error, "lineno", None) else ""
         raise BadInput(f"{path.parent.name}/{path.name}{where} is not valid Python ({error}): mend it first") from None
 
 
