@@ -54,8 +54,9 @@ def run_pytest(words: list[str], report: Path) -> int:
     """pytest in this process, its events written to `report` by shared.stages.report."""
     import pytest
 
-    # A stage's tests need no plugin, and importing what happens to be installed costs more than the fork.
-    os.environ |= {"STAGES_REPORT": str(report), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # A stage's tests need no plugin, and importing what happens to be installed costs more than the fork. The user's
+    # own options may be those of a plugin that is then missing.
+    os.environ |= {"STAGES_REPORT": str(report), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     return pytest.main(["-q", "-p", "shared.stages.report", "-p", "no:cacheprovider", *words])
 
 

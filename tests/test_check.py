@@ -133,6 +133,12 @@ def test_verbose_shows_pytests_own_output(course):
     assert "✗" not in out and record(course)["01_first"]["passed"] == 2
 
 
+def test_the_users_own_pytest_options_do_not_count(course, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2")
+    code, _, err = stages(course, "check", "2")
+    assert code == 0, f"an option of a plugin that is off: {err}"
+
+
 def test_a_stage_without_tests_and_a_broken_conftest_are_told(course):
     (course / "02_second" / "tests" / "test_other.py").unlink()
     code, _, err = stages(course, "check", "2")

@@ -1,7 +1,9 @@
 """Every classic mistake listed in a stage's traps.toml is caught by the checkpoint that claims to."""
 
+import os
 from pathlib import Path
 
+import isolated
 import pytest
 from course import make
 from shared.stages.repo import root, stages
@@ -84,10 +86,29 @@ GOOD = {
 )
 def test_what_counts_as_caught(change, reason, tmp_path, monkeypatch):
     """The judge itself, on a small stage."""
-    monkeypatch.setattr("traps.PATIENCE", 3)
+    if reason == "never ends":
+        monkeypatch.setattr("traps.PATIENCE", 3)  # the others need more on a busy machine, and do not wait
     stage = make(tmp_path / "course", {"01_circle": {"model.py": MODEL, "tests/test_model.py": TESTS}}) / "01_circle"
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     told = verdict(stage, GOOD | change, scratch)
     assert reason in told if reason else not told, told
     assert (stage / "model.py").read_text("utf-8") == MODEL, "the real stage was touched"
+
+
+def test_a_process_that_hangs_before_its_first_word_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(isolated, "call", lambda *args, **options: None)
+    assert run(tmp_path, [], tmp_path) == ([{"event": "hangs"}], ""), "it left no output to be read"
+
+
+def pytest_with_options(words: list[str], report: Path) -> int:
+    """As isolated.run_pytest, for someone who has asked every pytest for two processes."""
+    os.environ["PYTEST_ADDOPTS"] = "-n 2"
+    return isolated.run_pytest(words, report)
+
+
+def test_the_users_own_pytest_options_do_not_count(tmp_path):
+    stage = make(tmp_path / "course", {"01_circle": {"tests/test_model.py": "def test_a():\n    pass\n"}}) / "01_circle"
+    output = tmp_path / "output.txt"
+    code = isolated.call(pytest_with_options, stage, output, ["tests"], tmp_path / "events.jsonl", timeout=120)
+    assert code == 0, "an option of a plugin that is off: " + output.read_text("utf-8")

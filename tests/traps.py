@@ -48,7 +48,8 @@ def run(stage: Path, tests: list[str], scratch: Path) -> tuple[list[dict], str]:
     events = [json.loads(line) for line in report.read_text("utf-8").splitlines()] if report.exists() else []
     if code is None:
         events.append({"event": "hangs"})
-    return events, "\n".join(output.read_text("utf-8", errors="replace").splitlines()[-25:])
+    told = output.read_text("utf-8", errors="replace") if output.exists() else ""  # it may hang before the first word
+    return events, "\n".join(told.splitlines()[-25:])
 
 
 def verdict(stage: Path, trap: dict[str, str], scratch: Path) -> str:

@@ -34,8 +34,10 @@ def pytest_run(folder: Path, verbose: bool) -> Iterator[tuple[subprocess.Popen, 
             child = subprocess.Popen(
                 [*words, *(["-v"] if verbose else [])],
                 cwd=folder,
-                # What else is installed into pytest costs time at the start, and no checkpoint needs it.
-                env=os.environ | {"STAGES_REPORT": str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+                # What else is installed into pytest costs time at the start, and no checkpoint needs it. The user's own
+                # options may be those of a plugin that is then missing.
+                env=os.environ
+                | {"STAGES_REPORT": str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
                 stdout=None if verbose else sink,
                 stderr=None if verbose else subprocess.STDOUT,
             )
