@@ -5,13 +5,14 @@ The modules of two neighbours have the same names, so each is loaded under its s
 
 import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from shared.stages.repo import find
+from shared.stages.repo import find, root
 
 TEXT = "the cat sat on the mat. the dog sat on the log.\n" * 20
 
@@ -22,7 +23,7 @@ def stages():
     loaded = {}
 
     def load(number: str):
-        stage = find(number)
+        stage = find(number, root(Path(__file__).parent))
         if stage.name not in loaded:
             names = [file.stem for file in stage.trunk()]
             hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}

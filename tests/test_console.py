@@ -99,15 +99,16 @@ def test_an_error_passes_through_after_the_last_line(capsys):
     assert lines(capsys)[0].startswith("train  3/10")
 
 
-def test_an_update_that_draws_nothing_costs_less_than_20_microseconds():
-    bar = Progress(10**9, "train")
-    best = float("inf")
-    for _ in range(5):  # the best of five: other processes may hold the core
-        start = time.perf_counter()
-        for step in range(2000):
-            bar.update(step, loss=1.5, tokens=step)
-        best = min(best, (time.perf_counter() - start) / 2000)
-    assert best < 20e-6, f"{best * 1e6:.1f} microseconds for each training step"
+def test_an_update_that_draws_nothing_renders_nothing(monkeypatch):
+    def render(*args):
+        raise AssertionError("each training step pays for a text that nobody sees")
+
+    Clock(monkeypatch)
+    monkeypatch.setattr(console, "number", render)
+    monkeypatch.setattr(Progress, "parts", render)
+    bar = Progress(1000, "train")
+    for step in range(1000):
+        bar.update(step, loss=1.5, tokens=step)
 
 
 LIVE = """

@@ -16,6 +16,7 @@ def machine(monkeypatch):
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: Library())
     yield
     random.setstate(states[0])
     np.random.set_state(states[1])

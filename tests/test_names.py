@@ -15,7 +15,7 @@ from pathlib import Path
 
 import isolated
 import pytest
-from course import make, write
+from course import forget_git, make, write
 from shared.stages.repo import Stage, find, root, stages
 from traps import copy
 
@@ -43,8 +43,12 @@ def packages() -> dict[str, list[str]]:
 
 def tracked() -> list[str]:
     """The files that git keeps, by path from the root."""
-    done = subprocess.run(["git", "ls-files", "-z"], cwd=TOP, capture_output=True, encoding="utf-8")
-    if done.returncode:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set in git's hooks
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=TOP, env=env, capture_output=True, encoding="utf-8")
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if done.returncode or not done.stdout:  # nothing: a copy of the course inside another repository
         pytest.skip("not a git checkout")
     return [name for name in done.stdout.split("\0") if name and (TOP / name).is_file()]
 
@@ -163,6 +167,18 @@ def test_pyproject_is_the_same_in_every_stage(stage):
 
     assert rest(stage) == rest(STAGES[0])
     assert (stage.path / stage.main).is_file()
+
+
+def test_without_a_checkout_the_files_are_not_taken_for_none(tmp_path, monkeypatch):
+    """In a copy inside another repository git lists nothing, and a test of nothing would pass."""
+    forget_git(monkeypatch)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(sys.modules[__name__], "TOP", tmp_path)
+    with pytest.raises(pytest.skip.Exception, match="not a git checkout"):
+        tracked()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match="git is not installed"):
+        tracked()
 
 
 def test_top_level_holds_exactly_what_the_design_names():
