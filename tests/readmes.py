@@ -7,9 +7,11 @@ from pathlib import Path
 import isolated
 from shared.errors import BadInput
 from shared.stages import cli, repo, run
+from shared.stages.changes import section
 
 SECTIONS = ["Run it", "Checkpoints", "Measured", "Traps", "Exercises", "References"]  # after the idea and what changed
 PROGRAMS = {"git", "curl", "sh", "export", "powershell"}  # of the system: named, not checked
+VALUED = {"--with", "--python", "-p", "--package", "--group", "--extra", "--env-file"}  # flags of `uv run` and a value
 IMAGE_BYTES = 100_000
 
 
@@ -20,12 +22,6 @@ def prose(text: str) -> str:
 
 def headings(text: str) -> list[str]:
     return re.findall(r"^## +(.+?) *$", prose(text), re.M)
-
-
-def section(text: str, title: str) -> str:
-    """What stands under a heading of the second level."""
-    found = re.search(rf"^## +{title}.*?$(.*?)(?=^## |\Z)", text, re.M | re.S)
-    return found[1] if found else ""
 
 
 def missing_sections(text: str, number: int) -> list[str]:
@@ -86,17 +82,15 @@ class Reader:
         self.problems.append(f"`cd {folder}`: no such folder")
 
     def uv_run(self, words: list[str]) -> None:
-        while words and words[0].startswith("-"):  # --with PACKAGE, --python VERSION
-            words = words[2:]
-        program, rest = words[0], words[1:]
+        while words and words[0].startswith("-"):
+            words = words[2:] if words[0] in VALUED else words[1:]
+        program, rest = (words[0], words[1:]) if words else ("", [])
         if program == "stages":
             self.stages(rest)
         elif program == "pytest":
             for word in rest:
                 if "/" in word or word.endswith(".py"):
                     self.test(word)
-        elif program == "python" and rest[:1] == ["-m"]:
-            pass  # a module of Python's or of shared
         elif program in ("python", "torchrun"):
             at = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
             if at is None:

@@ -43,7 +43,8 @@ README = """\
 Learns a thing.
 
 ## The idea
-An image ![of it](figure.png), [a link](../01_first/model.py), [another](https://example.org/x), [one](#run-it). $h[i](t)$, `a[0](b)`.
+An image ![of it](figure.png), [a link](../01_first/model.py), [another](https://example.org/x), [one](#run-it).
+$h[i](t)$, `a[0](b)`.
 ## What changed since 01
 ## Run it
 ```sh
@@ -98,6 +99,10 @@ def reader(tmp_path: Path, text: str) -> Reader:
         ("2 train.py", "2 train", "names no script"),
         ("uv run stages check", "make check", "`make check 2` is no command that a newcomer has"),
         ("uv run torchrun", "uv run frobnicate", "`uv run frobnicate`: no such program"),
+        ("uv run pytest", "uv run --isolated --with rich pytest", ""),
+        ("uv run pytest tests/test_a.py", "uv run --isolated pytest tests/test_b.py", "there is no tests/test_b.py"),
+        ("uv run torchrun", "uv run --isolated # torchrun", "`uv run `: no such program"),
+        ("torchrun --nproc-per-node 2 train.py", "python -m train", "names no script"),
         ("`tests/test_a.py::test_a`", "`tests/test_a.py::test_c`", "tests/test_a.py has no test test_c"),
         ("`test_a`", "`test_c`", "no test is called test_c"),
         ("`tests/test_a.py::test_a` and `test_a`", "it", "its Checkpoints name no test"),
