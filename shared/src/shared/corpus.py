@@ -6,8 +6,9 @@
     load("python-docs")  the documentation inside every CPython: needs no network
     load("my/text.txt")  any UTF-8 file
 
-The first two are looked for in $STAGES_DATA, then in the user's cache folder, then downloaded into it. Whatever the
-way, the bytes must have the checksum below: a number measured on a text is worth nothing if the text differs.
+Shakespeare and the names are looked for in $STAGES_DATA, then in the user's cache folder, then downloaded into it.
+Whatever the way, the bytes must have the checksum below: a number measured on a text is worth nothing if the text
+differs.
 """
 
 import hashlib
