@@ -13,6 +13,7 @@ so they stay in memory until it does.
 
 import gc
 import importlib
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -185,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
 
     contenders = {}
     if args.micrograd:
-        theirs = micrograd_twin(start(), sizes, args.micrograd)
+        folder = Path(os.environ.get("STAGES_FROM", "."), args.micrograd)  # where `stages run` was typed
+        theirs = micrograd_twin(start(), sizes, folder)
         contenders["micrograd"] = scalar_step(theirs, theirs, points, signs)
     plain, fused = start(), start()
     contenders[PLAIN] = scalar_step(plain, lambda xs: one_node_per_operation(plain, xs)[0], points, signs)

@@ -75,6 +75,14 @@ def test_five_contenders_take_the_same_steps(stand_in, capsys):
     assert summary["micrograd_over_scalars"] == pytest.approx(ratio), "the ratio is not that of the two times"
 
 
+def test_the_folder_is_the_one_of_where_it_was_typed(stand_in, monkeypatch, capsys):
+    """`stages run 1 demos/compare_micrograd.py DIR` means the DIR of the folder one stands in, not of the stage's."""
+    folder = stand_in("")
+    monkeypatch.setenv("STAGES_FROM", str(folder.parent))
+    compare_micrograd.main([folder.name, *SMALL])
+    assert "micrograd" in capsys.readouterr().out
+
+
 def test_a_contender_that_computes_something_else_is_found_out(stand_in):
     """A contender whose loss differs stops the comparison: its time would mean nothing."""
     with pytest.raises(RuntimeError, match="the losses differ at step 0"):
