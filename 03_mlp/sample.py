@@ -74,7 +74,10 @@ def sample(model, context, length: int, config: SampleConfig, generator=None):
 
 
 def load(path: Path, device="cpu"):
-    """A checkpoint that `train.py` wrote -> (model, vocabulary). Raises BadInput when there is none or it is damaged."""
+    """A checkpoint that `train.py` wrote -> (model, vocabulary).
+
+    Raises BadInput when there is none or it is damaged.
+    """
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}: train first, with uv run python train.py")
     content = io.BytesIO(path.read_bytes())  # read apart from the rest: what fails from here on is damage

@@ -78,7 +78,7 @@ def test_no_window_reaches_across_the_split(tmp_path):
 
 
 def test_bits_per_byte():
-    """Bits per byte is the loss divided by ln 2 and by the bytes per character, so accents do not make a text harder."""
+    """Bits per byte is the loss divided by ln 2 and by the bytes per character, so accents make no text harder."""
     data = Dataset("", Vocabulary("ab"), COUNT, COUNT, bytes_per_char=1.0)
     assert data.bits_per_byte(math.log(2)) == pytest.approx(1.0), "ln 2 nats are one bit"
     assert data.bits_per_byte(1.5) == pytest.approx(2.164042561), "1.5 nats / 0.693147181"

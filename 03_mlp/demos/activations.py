@@ -3,9 +3,9 @@
     uv run stages run 03 demos/activations.py
     uv run stages run 03 demos/activations.py --steps 3000
 
-Without one, two layers are one: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). The demo multiplies the trained matrices
-and shows that the product alone gives the same scores. Such a model adds up one vote for each place in the window; it
-cannot say that an "h" means something else after a "t" than after a "c".
+Without one, two layers are one: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). The demo multiplies the trained
+matrices and shows that the product alone gives the same scores. Such a model adds up one vote for each place in the
+window; it cannot say that an "h" means something else after a "t" than after a "c".
 """
 
 import argparse
@@ -86,7 +86,8 @@ def main(argv=None):
                 curves[name] = curve  # of the last block size
                 rows.append({
                     "context": block_size, "activation": name, "loss": statistics.mean(losses),
-                    "seeds apart": max(losses) - min(losses), "one matrix is off by": f"{collapse_error(model, idx):.1e}",
+                    "seeds apart": max(losses) - min(losses),
+                    "one matrix is off by": f"{collapse_error(model, idx):.1e}",
                 })
     table(f"{data.name}: {args.steps} steps, nats per character on the validation text", rows)
     say("none: both layers are one matrix, up to rounding. With a context of one character it loses nothing by that.")

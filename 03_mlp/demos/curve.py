@@ -52,7 +52,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs = [read(name) for name in args.runs]
     log = RunLog(__file__, "curve", vars(args))
-    table("runs", [{key: run[key] for key in ("name", "corpus", "params", "tokens", "seconds", "val_loss")} for run in runs])
+    keys = ("name", "corpus", "params", "tokens", "seconds", "val_loss")
+    table("runs", [{key: run[key] for key in keys} for run in runs])
     file = log.figure(draw(runs), "curve")
     log.finish()
     say(f"figure: {file}")

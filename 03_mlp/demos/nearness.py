@@ -44,7 +44,7 @@ def look_up(keys, values, queries):
 
 
 def discounts(counts):
-    """What to take from an n-gram seen 0, 1, 2, 3 or more times -> [4]; 0.5, 1, 1.5 where the text is too small to tell."""
+    """What to take from an n-gram seen 0, 1, 2, 3 or more times -> [4]; where the text is too small 0.5, 1, 1.5."""
     n = [(counts == i).sum().item() for i in range(5)]
     if 0 in n[1:]:
         return torch.tensor([0, 0.5, 1, 1.5], dtype=torch.double)
@@ -56,8 +56,8 @@ def discounts(counts):
 def kneser_ney(x, y, val_x, val_y, V: int):
     """P(y | x) of validation examples val_x [M, k], val_y [M], counted on x [N, k], y [N] -> [M], float64.
 
-    P = (count - D) / total + freed / total * P of the shorter context, from the longest down to none. All but the longest
-    count in how many different longer contexts they occur.
+    P = (count - D) / total + freed / total * P of the shorter context, from the longest down to none. All but the
+    longest count in how many different longer contexts they occur.
     """
     asked = codes(val_x, V) * V + val_y
     grams, counts = (codes(x, V) * V + y).unique(return_counts=True)
@@ -82,8 +82,8 @@ def kneser_ney(x, y, val_x, val_y, V: int):
 def familiarity(x, val_x, V: int):
     """How many of a context's last characters occur together as (the end of) a context of the training text.
 
-    x [N, T], val_x [M, T] -> that number for each validation context [M], 0 .. T, and the number of different contexts of
-    each length 0 .. T in the training text.
+    x [N, T], val_x [M, T] -> that number for each validation context [M], 0 .. T, and the number of different contexts
+    of each length 0 .. T in the training text.
     """
     known, distinct = torch.zeros(len(val_x), dtype=torch.long), []
     for k in range(x.shape[1] + 1):
@@ -138,11 +138,13 @@ def main(argv=None):
     p_network = network(model, val_x, val_y)
     seen = [(known >= k).double().mean().item() for k in range(LONGEST + 1)]
     table(f"{data.name}: contexts", [
-        {"length": k, "possible": f"{V**k:.1e}", "in the training text": distinct[k], "known in validation": f"{seen[k]:.1%}"}
+        {"length": k, "possible": f"{V**k:.1e}", "in the training text": distinct[k],
+         "known in validation": f"{seen[k]:.1%}"}
         for k in range(1, LONGEST + 1)
     ])
 
-    losses = {"counts": -p_counts.log(), "network": -p_network.log(), "mean of both": -((p_counts + p_network) / 2).log()}
+    p_both = (p_counts + p_network) / 2
+    losses = {"counts": -p_counts.log(), "network": -p_network.log(), "mean of both": -p_both.log()}
     rows = [
         {"known": k, "share": (known == k).double().mean().item(),
          **{name: loss[known == k].mean().item() for name, loss in losses.items()}}

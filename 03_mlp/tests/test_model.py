@@ -17,7 +17,8 @@ def seed():
 
 def small(**changes) -> ModelConfig:
     """A shape in which no two sizes are equal, so that a mixed-up axis cannot pass unseen."""
-    return ModelConfig(**{"vocab_size": 11, "block_size": 3, "n_embd": 4, "n_hidden": 7, "activation": "tanh"} | changes)
+    shape = {"vocab_size": 11, "block_size": 3, "n_embd": 4, "n_hidden": 7, "activation": "tanh"}
+    return ModelConfig(**shape | changes)
 
 
 def scrambled(config: ModelConfig) -> MLP:
@@ -37,7 +38,10 @@ def weights(model: MLP) -> list[np.ndarray]:
 
 
 def by_hand(E, W1, b1, W2, b2, idx):
-    """The forward pass of a tanh MLP, one example and one place in the window at a time -> logits, hidden units, inputs."""
+    """The forward pass of a tanh MLP, one example and one place in the window at a time.
+
+    Returns logits, hidden units, inputs.
+    """
     B, T = idx.shape
     C = E.shape[1]
     x = np.zeros((B, T * C))
@@ -87,7 +91,7 @@ def test_the_gradients():
 
 
 def test_an_embedding_is_a_matrix_product_with_one_hot_vectors():
-    """Looking up row i of the embedding is multiplying by the vector that is 1 at i and 0 elsewhere, gradient included."""
+    """Looking up row i of the embedding is multiplying by the vector that is 1 at i, else 0, gradient included."""
     model = scrambled(small())
     idx = torch.randint(11, (5, 3))
     one_hot = F.one_hot(idx, 11).double()  # [B, T, V]
@@ -101,17 +105,18 @@ def test_an_embedding_is_a_matrix_product_with_one_hot_vectors():
 
 
 def test_the_first_loss_is_ln_V():
-    """Before training every character is about equally likely: the loss is close to ln V, with the default shape too."""
+    """Before training every character is about equally likely: the loss is close to ln V, in the default shape too."""
     for config in (ModelConfig(vocab_size=65), ModelConfig(vocab_size=200, n_hidden=64), small()):
         losses = []
         for seed in range(3):
             torch.manual_seed(seed)
-            idx, y = torch.randint(config.vocab_size, (500, config.block_size)), torch.randint(config.vocab_size, (500,))
+            idx = torch.randint(config.vocab_size, (500, config.block_size))
+            y = torch.randint(config.vocab_size, (500,))
             losses.append(F.cross_entropy(MLP(config)(idx), y).item())
         uniform = math.log(config.vocab_size)
         for loss in losses:
             assert abs(loss - uniform) < 0.02, f"first loss {loss:.3f}, ln V {uniform:.3f}: the head starts confident"
-        assert len(set(losses)) == 3, "the same scores from every seed: the head starts at 0 and passes no gradient down"
+        assert len(set(losses)) == 3, "the same scores from every seed: the head starts at 0, no gradient passes down"
 
 
 def test_each_place_in_the_window_has_its_own_weights():

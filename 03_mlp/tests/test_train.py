@@ -50,7 +50,7 @@ def test_the_loss_is_the_mean_surprise():
     x, y = torch.arange(3)[:, None], torch.tensor([0, 1, 1])
     expected = (math.log(4) + math.log(4 / 3) + math.log(2)) / 3
     loss = nll(lambda idx: scores[idx[:, 0]], x, y)
-    assert loss.item() == pytest.approx(expected, abs=1e-6), "cross-entropy of the scores themselves: softmax comes once"
+    assert loss.item() == pytest.approx(expected, abs=1e-6), "cross-entropy of the scores: softmax comes once"
 
 
 def test_the_loss_survives_large_scores():
@@ -108,7 +108,7 @@ def adamw(table, data, config: TrainConfig):
 
 
 def test_the_loop_is_adamw():
-    """Step by step the loop does what AdamW says: fresh gradients, decay beside the step, a rate that falls in a line."""
+    """Step by step the loop is AdamW: fresh gradients, decay beside the step, a rate that falls in a line."""
     config = recipe(steps=30, lr=0.1)
     model, data = Line(), torch.randint(5, (40,))
     expected, losses = adamw(model.table.detach().numpy(), data, config)
@@ -197,7 +197,7 @@ def test_the_script_trains_scores_and_saves(text, tmp_path, capsys):
     folder = tmp_path / "out" / "tiny"
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["step"] for row in rows] == [20, 40], "the validation loss is taken every eval_every steps and at the end"
+    assert [row["step"] for row in rows] == [20, 40], "the validation loss is taken every eval_every steps and last"
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] < math.log(len(set(TEXT))), "the loss falls"
 
     model, vocab = load(folder / "model.pt")
@@ -220,7 +220,7 @@ def test_the_script_trains_on_the_training_text(text, tmp_path):
     text.write_text("abcd" * 450 + "wxyz" * 50, encoding="utf-8")
     main(["--corpus", str(text), "--name", "apart", *FLAGS])
     loss = json.loads((tmp_path / "out" / "apart" / "summary.json").read_text("utf-8"))["val_loss"]
-    assert loss > math.log(8), f"a loss of {loss:.3f} on letters that the training text does not have: it was shown them"
+    assert loss > math.log(8), f"a loss of {loss:.3f} on letters that are not in the training text: it was shown them"
 
 
 @pytest.mark.parametrize(

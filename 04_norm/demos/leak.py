@@ -70,7 +70,10 @@ def loss_by_place(model, x, y, batch_size: int, company: str, batches: int) -> t
 
 @torch.no_grad()
 def neighbours(x, y, vocab_size: int, seed: int) -> list[dict]:
-    """One window's probability of its target in two companies, in training mode and in evaluation, for an untrained network of each norm."""
+    """One window's probability of its target in two companies, in training mode and in evaluation.
+
+    The networks are untrained, one for each norm.
+    """
     rows = []
     for norm in ("batch", "layer"):
         torch.manual_seed(seed)

@@ -79,7 +79,7 @@ def test_a_pass_draws_every_window_once():
         assert sorted(seen) == list(range(3, 23)), "in one pass some windows come twice and others never"
         orders.append(tuple(seen))
     assert len(set(orders)) == 10, "every pass draws the windows in a new order"
-    assert tuple(range(3, 23)) not in orders, "windows in text order: neighbours are alike and teach the same thing twice"
+    assert tuple(range(3, 23)) not in orders, "windows in text order: neighbours are alike and teach the same twice"
 
 
 def test_batches_leave_the_odd_ones_for_another_pass():
@@ -117,7 +117,7 @@ def test_no_window_reaches_across_the_split(tmp_path):
 
 
 def test_bits_per_byte():
-    """Bits per byte is the loss divided by ln 2 and by the bytes per character, so accents do not make a text harder."""
+    """Bits per byte is the loss divided by ln 2 and by the bytes per character, so accents make no text harder."""
     data = Dataset("", Vocabulary("ab"), COUNT, COUNT, bytes_per_char=1.0)
     assert data.bits_per_byte(math.log(2)) == pytest.approx(1.0), "ln 2 nats are one bit"
     assert data.bits_per_byte(1.5) == pytest.approx(2.164042561), "1.5 nats / 0.693147181"

@@ -88,7 +88,7 @@ def test_top_p_keeps_the_token_that_crosses_p():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.double).log2() * math.log(2)
     logits = logits.tolist()
     for p, count in ((1e-9, 1), (0.1, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.87, 3), (0.88, 4), (1.0, 4)):
-        assert kept(logits, top_p=p) == list(range(count)), f"p = {p}: of 1/2, 1/4, 1/8, 1/8 it takes {count} to reach p"
+        assert kept(logits, top_p=p) == list(range(count)), f"p = {p}: of 1/2, 1/4, 1/8, 1/8 {count} are needed"
 
 
 def test_top_p_is_exact_where_p_is_a_cumulative_sum():
@@ -181,7 +181,8 @@ def test_draws_have_the_right_frequencies(choice):
     counts = torch.bincount(drawn, minlength=4).tolist()
     for i, p in enumerate(probabilities(scores, **choice)):
         slack = 4 * math.sqrt(4000 * p * (1 - p))
-        assert abs(counts[i] - 4000 * p) <= slack, f"token {i} came {counts[i]} times, expected {4000 * p:.0f} ± {slack:.0f}"
+        expected = f"expected {4000 * p:.0f} ± {slack:.0f}"
+        assert abs(counts[i] - 4000 * p) <= slack, f"token {i} came {counts[i]} times, {expected}"
 
 
 def test_the_model_sees_the_last_tokens_only():
@@ -189,7 +190,8 @@ def test_the_model_sees_the_last_tokens_only():
     model = Scores([0.0] * 10, copy=True)
     new = sample(model, torch.tensor([9, 8, 1, 2, 3]), 7, SampleConfig(temperature=0.0))
     assert new.tolist() == [2, 3, 4, 3, 4, 5, 4], "each token is the one three back, plus 1"
-    assert [row for [row] in model.seen] == [[1, 2, 3], [2, 3, 2], [3, 2, 3], [2, 3, 4], [3, 4, 3], [4, 3, 4], [3, 4, 5]]
+    windows = [[1, 2, 3], [2, 3, 2], [3, 2, 3], [2, 3, 4], [3, 4, 3], [4, 3, 4], [3, 4, 5]]
+    assert [row for [row] in model.seen] == windows
 
 
 def test_sampling_repeats_with_its_generator():

@@ -71,7 +71,7 @@ def test_the_loss_is_the_mean_surprise():
     x, y = torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.tensor([[0, 1, 1], [0, 1, 1]])
     expected = (math.log(4) + 3 * math.log(4 / 3) + 2 * math.log(2)) / 6
     loss = nll(lambda idx: scores[idx], x, y)
-    assert loss.item() == pytest.approx(expected, abs=1e-6), "cross-entropy of the scores themselves: softmax comes once"
+    assert loss.item() == pytest.approx(expected, abs=1e-6), "cross-entropy of the scores: softmax comes once"
 
 
 def test_the_loss_survives_large_scores():
@@ -663,7 +663,7 @@ def test_the_script_trains_on_the_training_text(run, text):
     """What only the validation text says cannot be known: on letters that never occurred the loss is above ln V."""
     text.write_text("abcd" * 450 + "wxyz" * 50, encoding="utf-8")
     loss = json.loads((run("apart", "--lr", "0.02") / "summary.json").read_text("utf-8"))["val_loss"]
-    assert loss > math.log(8), f"a loss of {loss:.3f} on letters that the training text does not have: it was shown them"
+    assert loss > math.log(8), f"a loss of {loss:.3f} on letters that are not in the training text: it was shown them"
 
 
 def test_the_compiled_model_is_only_an_engine(run, monkeypatch):

@@ -24,7 +24,8 @@ def test_principal_components_are_the_covariance_s_eigenvectors():
 def test_neighbours_are_the_nearest_other_points():
     """A point's neighbours are those at the smallest distance, nearest first, and never the point itself."""
     points = torch.tensor([[1.0, 0.0], [5.0, 0.5], [0.0, 1.0], [-1.1, 0.0], [1.0, 1.1]])
-    distances = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in points.tolist()] for p in points.tolist()]
+    places = points.tolist()
+    distances = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in places] for p in places]
     for i, row in enumerate(distances):
         expected = sorted((j for j in range(5) if j != i), key=row.__getitem__)
         assert embedding.neighbours(points, 4)[i].tolist() == expected, f"neighbours of point {i}"

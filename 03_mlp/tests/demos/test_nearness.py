@@ -13,7 +13,7 @@ from shared.errors import BadInput
 
 
 def slowly(text: list[int], contexts, targets, V: int, longest: int) -> list[float]:
-    """Modified Kneser-Ney by dictionaries, Chen & Goodman (1998), equations 22 to 26, shorter orders by continuations."""
+    """Modified Kneser-Ney by dictionaries, Chen & Goodman (1998), eq. 22 to 26, shorter orders by continuations."""
     tables = {longest + 1: Counter(tuple(text[i - longest:i + 1]) for i in range(longest, len(text)))}
     for n in range(longest, 0, -1):
         tables[n] = Counter(gram[1:] for gram in tables[n + 1])  # distinct characters before it
