@@ -1,7 +1,8 @@
 """Token files on disk, and the examples a model learns from: windows of tokens and the token that follows each.
 
 A file of tokens is read through a memory map: only the pages that a batch touches are loaded, and only the encoding
-needs the whole text in memory. Documents are separated by `<|endoftext|>` in the text and by one special token in the file.
+needs the whole text in memory. Documents are separated by `<|endoftext|>` in the text and by one special token in the
+file.
 """
 
 import itertools

@@ -65,12 +65,12 @@ def same_group(chars: str, nearest) -> dict[str, dict[str, float]]:
 
 def draw(points, shares, chars: str) -> Figure:
     """The map of the characters: points [V, 2]."""
-    fig = Figure(figsize=(6.4, 5), layout="constrained")
+    fig = Figure(figsize=(8, 6.5), layout="constrained")
     axes = fig.subplots()
     axes.scatter(*points.T, s=0)  # sets the limits: text alone does not
     for (x, y), char in zip(points.tolist(), chars, strict=True):
-        axes.text(x, y, NAMES.get(char, char).replace("$", r"\$"), color=COLORS[group(char)], ha="center", va="center",
-                  fontsize=12, fontweight="bold")
+        label = NAMES.get(char, char if char.isalnum() else f"“{char}”")  # a lone point would be a speck
+        axes.text(x, y, label.replace("$", r"\$"), color=COLORS[group(char)], ha="center", va="center", fontsize=11)
     axes.set(xlabel=f"first direction, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
     axes.legend(handles=[axes.scatter([], [], color=color, label=name) for name, color in COLORS.items()])
     return fig

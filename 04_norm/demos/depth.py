@@ -69,6 +69,7 @@ def draw(depths, gradients, losses) -> Figure:
     left, right = fig.subplots(1, 2) if losses else (fig.subplots(), None)
     for i, name in enumerate(STACKS):
         style = {"color": f"C{i}", "linestyle": "-" if "residual" in name else "--", "marker": "o", "markersize": 4}
+        style |= {"linewidth": 5, "alpha": 0.4} if name == "plain" else {}  # other lines run on top of it
         left.plot(depths, gradients[name], label=name, **style)
         if losses:
             right.plot(TRAINED, [min(loss, 5) if math.isfinite(loss) else 5 for loss in losses[name]], **style)
@@ -76,7 +77,7 @@ def draw(depths, gradients, losses) -> Figure:
     left.set_ylim(1e-8, 1e8)
     left.set_xticks(depths, depths)
     left.minorticks_off()
-    left.legend(fontsize=7, loc="lower left")
+    left.legend(fontsize=7, loc="lower left", handlelength=4)
     if losses:
         right.set(xscale="log", xlabel="blocks", ylabel="nats/char", title="training loss after a short training")
         right.set_xticks(TRAINED, TRAINED)
