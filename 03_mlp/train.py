@@ -26,10 +26,10 @@ from shared.runlog import RunLog
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 12000  # optimiser steps
+    steps: int = 10000  # optimiser steps
     batch_size: int = 512  # windows per step
     lr: float = 5e-3  # learning rate of the first step; it falls to 0 in a straight line
-    weight_decay: float = 0.01  # pull of the weights towards 0, as a share of the learning rate
+    weight_decay: float = 0.1  # pull of the weights towards 0, as a share of the learning rate
     eval_every: int = 1000  # steps between looks at the validation text
     seed: int = 1337
 

@@ -26,7 +26,7 @@ from shared.runlog import RunLog
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 1800  # optimiser steps
+    steps: int = 1400  # optimiser steps
     batch_size: int = 16  # windows per step
     lr: float = 4e-3  # learning rate of the first step; it falls to 0 in a straight line
     weight_decay: float = 0.01  # pull of the weights towards 0, as a share of the learning rate

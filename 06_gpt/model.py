@@ -25,11 +25,11 @@ class ModelConfig:
 
     vocab_size: int
     block_size: int = 64  # positions the model can look back over
-    n_embd: int = 128  # channels of each position's vector
+    n_embd: int = 64  # channels of each position's vector
     n_head: int = 2  # attention heads, each on its own n_embd / n_head channels; few wide ones are faster on a CPU
     n_layer: int = 4  # blocks: each one attends once and thinks once
     dropout: float = 0.0  # share of activations zeroed in training; pays once the text is read many times over
-    init_std: float = 0.08  # spread of the first weights: about 1 / sqrt(n_embd); GPT-2's 0.02 is for 768 and more
+    init_std: float | None = None  # spread of the first weights; none: 1 / sqrt(n_embd)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
@@ -40,6 +40,8 @@ class ModelConfig:
                            "choose an n_head that divides n_embd")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if self.init_std is None:
+            self.init_std = self.n_embd**-0.5
         if not self.init_std > 0:
             raise BadInput(f"init_std is {self.init_std}: it must be above 0, or every unit learns the same")
 

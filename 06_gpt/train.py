@@ -35,11 +35,11 @@ from torch.nn.parallel import DistributedDataParallel
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 2750  # optimiser steps
-    batch_size: int = 16  # windows per step, over all micro-batches and processes
+    steps: int = 2700  # optimiser steps
+    batch_size: int = 32  # windows per step, over all micro-batches and processes
     accumulate: int = 1  # micro-batches a step is split into, when the whole batch does not fit into memory
-    lr: float = 2e-3  # highest learning rate
-    warmup: int = 100  # steps over which the learning rate rises to it; from there it falls to 0 along a cosine
+    lr: float = 5e-3  # highest learning rate
+    warmup: int = 500  # steps over which the learning rate rises to it; from there it falls to 0 along a cosine
     weight_decay: float = 0.1  # pull of the matrices towards 0, as a share of the learning rate
     beta2: float = 0.99  # memory of AdamW's second moment; small batches are noisy and want a long one
     clip: float = 1.0  # longest gradient that is let through; a longer one is scaled down to it
@@ -69,7 +69,9 @@ class TrainConfig:
 
 
 PRESETS = {
-    "long": {"name": "long", "steps": 4500, "block_size": 128},  # three times the text, twice the context
+    "long": {  # four times the parameters, twice the context, and five minutes for them
+        "name": "long", "n_embd": 128, "block_size": 128, "batch_size": 16, "lr": 3e-3, "warmup": 800, "steps": 5000,
+    },
     "gpt2": {
         "name": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "dropout": 0.1,
         "init_std": 0.02, "tokenizer": "bpe", "vocab_size": 50257, "lr": 6e-4, "batch_size": 480, "accumulate": 40,

@@ -53,13 +53,17 @@ def neighbours(points, count: int):
 
 
 def same_group(chars: str, nearest) -> dict[str, dict[str, float]]:
-    """How often the nearest neighbour is of the same group, and how often it would be if drawn at random."""
+    """How often the nearest neighbour is of the same group, or the same letter in its other case, and by chance."""
     groups = [group(char) for char in chars]
     rows = {}
     for name in dict.fromkeys(groups):
         mine = [i for i, other in enumerate(groups) if other == name]
         hits = sum(groups[nearest[i, 0]] == name for i in mine)
         rows[name] = {"found": hits / len(mine), "by chance": (len(mine) - 1) / (len(chars) - 1)}
+    paired = [i for i, char in enumerate(chars) if char != char.swapcase() and char.swapcase() in chars]
+    if paired:
+        hits = sum(chars[nearest[i, 0]] == chars[i].swapcase() for i in paired)
+        rows["the letter's other case"] = {"found": hits / len(paired), "by chance": 1 / (len(chars) - 1)}
     return rows
 
 

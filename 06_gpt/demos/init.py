@@ -1,7 +1,7 @@
 """How large the first weights should be: GPT-2's 0.02 against what the width asks for.
 
     uv run stages run 06 demos/init.py
-    uv run stages run 06 demos/init.py --steps 1500 --stds 0.02 0.05 0.08 0.12
+    uv run stages run 06 demos/init.py --steps 1500 --stds 0.02 0.06 0.125 0.25
 
 Adam moves every weight by about the learning rate per step, whatever the weight's size. A vector that starts small is
 turned by the first few batches, one that starts large is refined. `kept` says how much of it is left: the cosine
@@ -39,9 +39,9 @@ def build(std: float, embedding: float, args, vocab_size: int) -> GPT:
 def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
-    parser.add_argument("--stds", type=float, nargs="+", default=[0.02, 0.08], help="default: 0.02 0.08")
+    parser.add_argument("--stds", type=float, nargs="+", default=[0.02, 0.125], help="default: 0.02 0.125")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each model (default: 300)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="default: 3e-3")
+    parser.add_argument("--lr", type=float, default=5e-3, help="default: 5e-3")
     parser.add_argument("--seed", type=int, default=1337)
     options.add(parser, ModelConfig, skip=("init_std",))
     args = parser.parse_args(argv)

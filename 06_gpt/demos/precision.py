@@ -1,7 +1,7 @@
 """What each choice of speed is worth on this machine: bfloat16, attention written out, memory that is kept.
 
     uv run stages run 06 demos/precision.py
-    uv run stages run 06 demos/precision.py --rounds 20 --n-embd 192 --n-head 3 --batch-size 32
+    uv run stages run 06 demos/precision.py --rounds 20 --n-embd 192 --n-head 3 --block-size 128
 
 The variants take turns, a step each, so that whatever else the machine does hits all of them; the medians count. The
 allocator's settings hold for a whole process, so they are compared in two that are started one after the other.
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--rounds", type=int, default=30, help="steps timed of each variant (default: 30)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows in a batch (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=32, help="windows in a batch (default: 32)")
     parser.add_argument("--steps", type=int, default=150, help="training steps in each precision (default: 150)")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--plain-allocator", action="store_true", help="only time the usual step, without settings")

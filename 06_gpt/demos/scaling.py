@@ -43,7 +43,7 @@ def run(width: int, steps: int, args, data, update) -> dict:
     """Train one model of the grid -> its size, its tokens and its validation loss."""
     torch.manual_seed(args.seed)
     n_head = max(1, width // HEAD)
-    model = GPT(ModelConfig(len(data.tokenizer), n_embd=width, n_head=n_head, init_std=width**-0.5))
+    model = GPT(ModelConfig(len(data.tokenizer), n_embd=width, n_head=n_head))
     config = TrainConfig(steps=steps, batch_size=args.batch_size, warmup=steps // 10, lr=args.lr, seed=args.seed)
     begin = time.process_time()
     for step, loss in train(model, data.train, config, make_optimizer(model, config), model.config.block_size):

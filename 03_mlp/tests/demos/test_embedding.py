@@ -38,6 +38,8 @@ def test_groups():
     rows = embedding.same_group("aebA", nearest)
     assert rows["vowels"] == {"found": 1.0, "by chance": pytest.approx(1 / 3)}
     assert rows["consonants"] == {"found": 0.0, "by chance": 0.0}
+    other_case = rows["the letter's other case"]
+    assert other_case == {"found": 0.5, "by chance": pytest.approx(1 / 3)}, "A is next to a, but a to e"
 
 
 def test_the_demo_draws_a_run(trained, out, capsys):
