@@ -310,7 +310,7 @@ def test_training_learns_a_small_text_by_heart():
     model = GPT(ModelConfig(vocab_size=11, block_size=5, n_embd=16, n_head=2, n_layer=2))
     config = recipe(steps=100, batch_size=16, lr=0.02, precision="bfloat16")
     losses = [loss for _, loss in train(model, data, config, make_optimizer(model, config), 5)]
-    assert abs(losses[0] - math.log(11)) < 0.3, "it starts near ln V"
+    assert losses[0] < math.log(11) + 1, "the first loss is far above ln V: the model starts with strong opinions"
     assert losses[-1] < 0.05, f"the loss is still {losses[-1]:.3f}: the model cannot even learn by heart"
     assert evaluate(model, data) < 0.05, "the evaluation does not see what the training learned"
 
