@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = options.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128], help="default: 16 32 64 128")
-    parser.add_argument("--steps", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000],
-                        help="training steps of each width (default: 250 500 1000 2000 4000)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 800, 1600, 3200],
+                        help="training steps of each width (default: 200 400 800 1600 3200)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows in a batch (default: 16)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default: 3e-3)")
     parser.add_argument("--seed", type=int, default=1337)
