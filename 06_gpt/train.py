@@ -69,7 +69,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "long": {  # four times the parameters, twice the context, and five minutes for them
+    "long": {  # four times the parameters, twice the context, five times as long
         "name": "long", "n_embd": 128, "block_size": 128, "batch_size": 16, "lr": 3e-3, "warmup": 800, "steps": 5000,
     },
     "gpt2": {

@@ -109,6 +109,7 @@ def test_an_update_that_draws_nothing_renders_nothing(monkeypatch):
     bar = Progress(1000, "train")
     for step in range(1000):
         bar.update(step, loss=1.5, tokens=step)
+    assert (bar.step, bar.fields) == (999, {"loss": 1.5, "tokens": 999}), "what is not drawn is still kept for later"
 
 
 LIVE = """
