@@ -6,11 +6,12 @@ can check the whole backward pass with a pencil.
 
 from pathlib import Path
 
+from shared.console import say
+from shared.errors import BadInput
+
 import graphviz
 
 from engine import Value, topological_order
-from shared.console import say
-from shared.errors import BadInput
 from tensor import Tensor
 
 LEAF, RESULT = "#dcebf7", "#f5f5f5"
@@ -34,7 +35,7 @@ def to_dot(result: Value | Tensor, max_nodes: int = 200) -> str:
     for node in order:
         graph.node(names[id(node)], describe(node), fillcolor=RESULT if node.inputs else LEAF)
         slopes = [f"{slope:.4g}" for slope in node.slopes] if isinstance(node, Value) else [""] * len(node.inputs)
-        for source, slope in zip(node.inputs, slopes):
+        for source, slope in zip(node.inputs, slopes, strict=True):
             graph.edge(names[id(source)], names[id(node)], slope)
     return graph.source
 

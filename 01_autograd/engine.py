@@ -180,7 +180,7 @@ class Value:
         for node in reversed(order):
             # Everything that uses `node` has been visited, so node.grad is final. subtle: `+=`, for a node that is
             # used twice has two paths to the result, and the result moves by both.
-            for source, slope in zip(node.inputs, node.slopes):
+            for source, slope in zip(node.inputs, node.slopes, strict=True):
                 source.grad += slope * node.grad
 
 
@@ -199,7 +199,7 @@ def dot(weights: Sequence[Value], xs: Sequence[Value | float]) -> Value:
         raise ValueError(f"dot takes two sequences of one length, at least 1: got {len(weights)} and {len(xs)}")
     xs = [as_value(x) for x in xs]
     w_data, x_data = [w.data for w in weights], [x.data for x in xs]
-    return Value(sum(w * x for w, x in zip(w_data, x_data)), (*weights, *xs), (*x_data, *w_data), "dot")
+    return Value(sum(w * x for w, x in zip(w_data, x_data, strict=True)), (*weights, *xs), (*x_data, *w_data), "dot")
 
 
 def cross_entropy(logits: Sequence[Value | float], target: int) -> Value:

@@ -8,6 +8,7 @@ Both kinds answer to `parameters()` and `zero_grad()`, so one training loop serv
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class MLP(Module):
         last = len(sizes) - 2
         self.layers = [
             Layer(n_in, n_out, activation if i < last else None, rng)
-            for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:]))
+            for i, (n_in, n_out) in enumerate(pairwise(sizes))
         ]
 
     def __call__(self, xs: Sequence[Value | float]) -> list[Value]:
@@ -117,7 +118,7 @@ class TensorMLP(Module):
     def __init__(self, sizes: Sequence[int], activation: str, rng: np.random.Generator) -> None:
         check_sizes(sizes)
         check_activation(activation)
-        self.layers = [Linear(n_in, n_out, rng) for n_in, n_out in zip(sizes, sizes[1:])]
+        self.layers = [Linear(n_in, n_out, rng) for n_in, n_out in pairwise(sizes)]
         self.activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:

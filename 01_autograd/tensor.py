@@ -257,7 +257,7 @@ class Tensor:
                 node.zero_grad()
         self.grad += 1.0
         for node in reversed(order):
-            for source, pullback in zip(node.inputs, node.pullbacks):
+            for source, pullback in zip(node.inputs, node.pullbacks, strict=True):
                 source.grad += unbroadcast(pullback(node.grad), source.shape)
 
 

@@ -15,6 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from shared import options
+from shared.console import progress, say, table
+from shared.errors import BadInput
+from shared.program import run_program
+from shared.runlog import RunLog
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -22,10 +28,6 @@ import engine
 import tensor
 from engine import Value
 from nn import MLP, Linear, Module, Neuron, TensorMLP
-from shared import options
-from shared.console import progress, say, table
-from shared.errors import BadInput, cli
-from shared.runlog import RunLog
 from tensor import Tensor
 
 CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
@@ -75,13 +77,15 @@ def descend(model: Module, loss_of: Callable[[], Value | Tensor], steps: int, lr
 
 def table_loss(logit: Callable, targets: tuple[int, ...]) -> Value:
     """Mean cross-entropy over the four rows of a truth table; `logit` maps a corner to a Value, positive meaning 1."""
-    losses = [engine.cross_entropy([0.0, logit(corner)], target) for corner, target in zip(CORNERS, targets)]
+    pairs = zip(CORNERS, targets, strict=True)
+    losses = [engine.cross_entropy([0.0, logit(corner)], target) for corner, target in pairs]
     return sum(losses) / len(losses)
 
 
 def table_accuracy(logit: Callable, targets: tuple[int, ...]) -> float:
     """The share of rows on the right side of zero."""
-    return sum((logit(corner) > 0.0) == bool(target) for corner, target in zip(CORNERS, targets)) / len(CORNERS)
+    pairs = zip(CORNERS, targets, strict=True)
+    return sum((logit(corner) > 0.0) == bool(target) for corner, target in pairs) / len(CORNERS)
 
 
 @dataclass
@@ -217,7 +221,7 @@ def draw_xor(alone: list[TableRun], layered: list[TableRun]) -> Figure:
     fig = Figure(figsize=(9, 2.8), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
     best = max(alone, key=lambda run: run.best)
-    for parameter, weight in zip(best.model.parameters(), best.best_weights):
+    for parameter, weight in zip(best.model.parameters(), best.best_weights, strict=True):
         parameter.data = weight  # at the end of training all weights are zero, and there is no boundary to draw
     solved = min(layered, key=lambda run: run.losses[-1])
     for axes, run, title in ((left, best, "one neuron"), (middle, solved, "hidden layer")):
@@ -237,7 +241,7 @@ def draw_moons(points: np.ndarray, classes: np.ndarray, runs: dict[str, MoonsRun
     """The field of each model, and both losses."""
     fig = Figure(figsize=(9, 2.4), layout="constrained")
     *fields, right = fig.subplots(1, len(runs) + 1)
-    for axes, (name, run) in zip(fields, runs.items()):
+    for axes, (name, run) in zip(fields, runs.items(), strict=True):
         draw_field(axes, partial(moons_probability, run.model), points, classes, margin=0.3, cells=150)
         axes.set_title(f"{name}: {run.accuracy:.1%}", fontsize=10)
         right.plot(run.losses, label=name)
@@ -296,4 +300,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -6,8 +6,9 @@ and `probs(x)` [N, V], how likely is every token. Shapes: N examples, T tokens o
 
 from dataclasses import dataclass
 
-import torch
 from shared.errors import BadInput
+
+import torch
 
 
 @dataclass

@@ -6,14 +6,17 @@
 
 import argparse
 
-import torch
-import torch.nn.functional as F
-from data import forget, load_data, windows
-from model import KneserNey, ModelConfig
 from shared import options
 from shared.console import say
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
+
+import torch
+import torch.nn.functional as F
+
+from data import forget, load_data, windows
+from model import KneserNey, ModelConfig
 
 
 def sample(model, context, length: int, boundary: int | None = None, generator=None):
@@ -53,4 +56,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

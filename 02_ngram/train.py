@@ -9,14 +9,17 @@ import math
 import time
 from dataclasses import dataclass
 
-import torch
-from data import forget, load_data, windows
-from model import KneserNey, ModelConfig, NeuralBigram, NGram
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+
+from data import forget, load_data, windows
+from model import KneserNey, ModelConfig, NeuralBigram, NGram
 
 
 @dataclass
@@ -181,4 +184,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -12,8 +12,9 @@ Shapes: B examples in a batch, T = block_size characters of context, C = n_embd 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from shared.errors import BadInput
+
+import torch
 from torch import nn
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "none": nn.Identity}

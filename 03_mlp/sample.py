@@ -9,15 +9,18 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from data import Vocabulary
-from model import MLP, ModelConfig
 from shared import options
 from shared.console import say
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import run_folder
+
+import torch
+import torch.nn.functional as F
+
+from data import Vocabulary
+from model import MLP, ModelConfig
 
 
 @dataclass
@@ -110,4 +113,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

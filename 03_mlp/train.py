@@ -10,16 +10,19 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from data import batches, load_data, windows
-from model import MLP, ModelConfig
-from sample import SampleConfig, sample
 from shared import options
 from shared.console import progress, say
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+import torch.nn.functional as F
+
+from data import batches, load_data, windows
+from model import MLP, ModelConfig
+from sample import SampleConfig, sample
 
 
 @dataclass
@@ -122,4 +125,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

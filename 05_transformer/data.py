@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from shared import corpus
 from shared.errors import BadInput
+
+import torch
 
 
 class Vocabulary:

@@ -13,9 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.errors import BadInput
+
 import torch
 import torch.nn.functional as F
-from shared.errors import BadInput
 from torch import nn
 
 

@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import corpus
+from shared.atomic import write
+from shared.errors import BadInput
+
 import numpy as np
 import torch
-from shared import corpus
-from shared.errors import BadInput
-from shared.runlog import write
+
 from tokenizer import END, train_tokenizer
 
 

@@ -13,9 +13,10 @@ Shapes: B sequences in a batch, T positions, C = n_embd channels, H heads of D =
 import math
 from dataclasses import dataclass
 
+from shared.errors import BadInput
+
 import torch
 import torch.nn.functional as F
-from shared.errors import BadInput
 from torch import nn
 
 

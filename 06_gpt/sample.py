@@ -9,14 +9,17 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from model import GPT, ModelConfig
 from shared import options
 from shared.console import say
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import run_folder
+
+import torch
+import torch.nn.functional as F
+
+from model import GPT, ModelConfig
 from tokenizer import from_state
 
 
@@ -113,4 +116,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

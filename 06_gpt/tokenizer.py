@@ -6,10 +6,12 @@ A byte tokenizer is a byte-pair tokenizer that has learned nothing yet.
 
 import heapq
 from collections import Counter, defaultdict
+from itertools import pairwise
+
+from shared.errors import BadInput
 
 import regex
 import tiktoken
-from shared.errors import BadInput
 
 END = "<|endoftext|>"  # stands between documents; one special token, never the result of encoding ordinary text
 
@@ -76,7 +78,7 @@ class BPETokenizer:
         for piece in regex.findall(PATTERN, text):
             parts = [bytes([byte]) for byte in piece.encode("utf-8")]
             while len(parts) > 1:
-                ranks = [self.ranks.get(a + b, len(self.tokens)) for a, b in zip(parts, parts[1:])]
+                ranks = [self.ranks.get(a + b, len(self.tokens)) for a, b in pairwise(parts)]
                 best = min(ranks)
                 if best == len(self.tokens):  # no two neighbours form a token
                     break
@@ -118,7 +120,7 @@ def learn_tokens(text: str, n_tokens: int) -> list[bytes]:
     pieces, weights = [list(word.encode("utf-8")) for word in words], list(words.values())
     counts, where = Counter(), defaultdict(set)
     for i, piece in enumerate(pieces):
-        for pair in zip(piece, piece[1:]):
+        for pair in pairwise(piece):
             counts[pair] += weights[i]
             where[pair].add(i)
     heap = [(-count, pair) for pair, count in counts.items()]
@@ -138,9 +140,9 @@ def learn_tokens(text: str, n_tokens: int) -> list[bytes]:
         touched = set()
         for i in where.pop(pair):
             old, pieces[i] = pieces[i], merge(pieces[i], pair, new)
-            for gone in zip(old, old[1:]):
+            for gone in pairwise(old):
                 counts[gone] -= weights[i]
-            for found in zip(pieces[i], pieces[i][1:]):
+            for found in pairwise(pieces[i]):
                 counts[found] += weights[i]
                 where[found].add(i)
                 touched.add(found)

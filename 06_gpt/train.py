@@ -16,19 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from data import batches, load_data, windows
-from model import GPT, ModelConfig
-from sample import SampleConfig, load, sample
 from shared import options
 from shared.console import progress, say
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
 from shared.interrupt import Interrupt
+from shared.program import run_program
 from shared.runlog import RunLog, run_folder
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+from data import batches, load_data, windows
+from model import GPT, ModelConfig
+from sample import SampleConfig, load, sample
 
 
 @dataclass
@@ -306,4 +309,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

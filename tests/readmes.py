@@ -4,10 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
-import isolated
 from shared.errors import BadInput
 from shared.stages import cli, repo, run
 from shared.stages.changes import section
+
+import isolated
 
 SECTIONS = ["Run it", "Checkpoints", "Measured", "Traps", "Exercises", "References"]  # after the idea and what changed
 PROGRAMS = {"git", "curl", "sh", "export", "powershell"}  # of the system: named, not checked

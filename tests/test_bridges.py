@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from shared.stages.repo import find, root
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from shared.stages.repo import find, root
 
 TEXT = "the cat sat on the mat. the dog sat on the log.\n" * 20
 

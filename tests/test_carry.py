@@ -3,11 +3,13 @@
 import argparse
 import subprocess
 
-import pytest
-from course import edit, forget_git
 from shared.errors import BadInput
 from shared.stages import carry
 from shared.stages.definitions import definitions
+
+import pytest
+
+from course import edit, forget_git
 
 MODEL = '''\
 """The model."""

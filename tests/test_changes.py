@@ -1,15 +1,17 @@
 """Every README's "What changed" table is what changed, no row more and no row less; and the check itself is checked."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
-import pytest
 from shared.stages import changes
 from shared.stages.changes import parse, problems, section, skeleton
 from shared.stages.repo import Stage, root, stages
 
+import pytest
+
 STAGES = stages(root(Path(__file__).parent))
-PAIRS = [(a, b) for a, b in zip(STAGES, STAGES[1:]) if b.trunk() and (b.path / "README.md").is_file()]
+PAIRS = [(a, b) for a, b in pairwise(STAGES) if b.trunk() and (b.path / "README.md").is_file()]
 
 
 @pytest.mark.parametrize("old, new", PAIRS, ids=[b.name for _, b in PAIRS])

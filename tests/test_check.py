@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from course import finish, make, stages, start, write
 
 MODEL = """\

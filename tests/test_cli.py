@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+
 from course import finish, make, stages, start, write
 
 TRAIN = """\

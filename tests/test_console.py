@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from shared import console
 from shared.console import Progress, clock, number, progress, say, table
+
+import pytest
 
 
 def test_numbers_as_a_person_reads_them():

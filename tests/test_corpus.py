@@ -10,10 +10,10 @@ import sys
 import threading
 from dataclasses import replace
 
-import pytest
-
 from shared import corpus, python_docs
 from shared.errors import BadInput
+
+import pytest
 
 TEXT = ("To be, or not to be: that is the question\r\n" * 4000).encode()  # 172 kB: several reads; newlines that matter
 

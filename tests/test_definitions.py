@@ -10,10 +10,11 @@ import textwrap
 import typing
 from pathlib import Path
 
-import pytest
 from shared.errors import BadInput
 from shared.stages.definitions import FUNCTIONS, compare, compare_stages, definitions, load, split
 from shared.stages.repo import Stage, root, stages
+
+import pytest
 
 TRUNK = [file for stage in stages(root(Path(__file__).parent)) for file in stage.trunk()]
 LIBRARY = [Path(inspect.getsourcefile(m)) for m in (argparse, ast, asyncio.base_events, dataclasses, enum, typing)]

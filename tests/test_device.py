@@ -2,12 +2,12 @@
 
 import random
 
+from shared import device
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 import torch
-
-from shared import device
-from shared.errors import BadInput
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_all_three_generators_follow_the_seed(seed):
     device.setup("cpu", seed)
     assert draw() == first, "a generator was not seeded"
     device.setup("cpu", seed + 1)
-    assert all(a != b for a, b in zip(draw(), first)), "a generator ignores the seed"
+    assert all(a != b for a, b in zip(draw(), first, strict=True)), "a generator ignores the seed"
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**64)])

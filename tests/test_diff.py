@@ -5,14 +5,16 @@ import io
 import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
-import pytest
-from rich.console import Console
 from shared.errors import BadInput
 from shared.stages import diff, html
 from shared.stages.definitions import Change, compare_stages, fold
 from shared.stages.repo import find, root, stages
+
+import pytest
+from rich.console import Console
 
 LONG = "x" * 150
 FILES = {
@@ -298,7 +300,7 @@ def test_long_equal_runs_are_folded_but_complete():
 COURSE = stages(root(Path(__file__).parent))
 
 
-@pytest.mark.parametrize("old, new", list(zip(COURSE, COURSE[1:])), ids=lambda stage: stage.name)
+@pytest.mark.parametrize("old, new", list(pairwise(COURSE)), ids=lambda stage: stage.name)
 def test_every_pair_of_the_course_is_shown_letter_by_letter(old, new):
     changes = fold(compare_stages(old, new), new)
     page = Page(html.page(old, new, changes))

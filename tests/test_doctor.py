@@ -4,11 +4,13 @@ import shutil
 import sys
 from collections import namedtuple
 
-import pytest
-import torch
-from course import make, stages, write
 from shared.corpus import SOURCES
 from shared.stages import doctor
+
+import pytest
+import torch
+
+from course import make, stages, write
 
 usage = namedtuple("usage", "total used free")
 BOUNDS = '[tool.uv]\nconstraint-dependencies = ["torch>=2.11,<9"]\n'

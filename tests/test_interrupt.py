@@ -3,8 +3,9 @@
 import os
 import signal
 
-import pytest
 from shared.interrupt import Interrupt
+
+import pytest
 
 
 def test_first_ctrl_c_only_asks():

@@ -5,9 +5,11 @@ import os
 import signal
 import time
 
-import pytest
-from course import make, stages, start, write
 from shared.stages.ladder import FIGURE, REFERENCES, Rung, figure
+
+import pytest
+
+from course import make, stages, start, write
 
 TRAIN = """\
 import json, os, pathlib, sys, time
@@ -167,7 +169,8 @@ def test_the_figure_explains_its_line_and_keeps_its_labels_inside(monkeypatch):
     kept = []
     monkeypatch.setattr(pyplot, "close", kept.append)
     names = ("a bigram", "a network")
-    rows = [Rung("02_second", name, loss, seconds=99_999) for name, loss in zip(names, (2.484, 1.499))] + REFERENCES
+    rows = [Rung("02_second", name, loss, seconds=99_999) for name, loss in zip(names, (2.484, 1.499), strict=True)]
+    rows += REFERENCES
     figure(rows)
     fig = kept[0]
     (ax,) = fig.axes

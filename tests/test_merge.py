@@ -2,9 +2,10 @@
 
 import random
 
-from course import edit
 from shared.stages.definitions import definitions
 from shared.stages.merge import merge, merge_text
+
+from course import edit
 
 
 def test_a_class_is_not_torn_apart():

@@ -13,10 +13,12 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-import isolated
-import pytest
-from course import forget_git, make, write
 from shared.stages.repo import Stage, find, root, stages
+
+import pytest
+
+import isolated
+from course import forget_git, make, write
 from traps import copy
 
 TOP = root(Path(__file__).parent)
@@ -236,4 +238,4 @@ def test_what_is_noticed(name, text, expected, tmp_path):
     (tmp_path / "scratch").mkdir()
     told = [*foreign(stage), *(f"{clash} hides" for clash in clashes(stage))]
     told += effects(stage, tmp_path / "scratch").splitlines() if not told else []
-    assert len(told) == len(expected) and all(part in line for part, line in zip(expected, told)), told
+    assert len(told) == len(expected) and all(part in line for part, line in zip(expected, told, strict=True)), told

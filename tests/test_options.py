@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import pytest
-
 from shared import options
 from shared.errors import BadInput
+
+import pytest
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from shared.stages.repo import root, stages
+
 import pytest
+
 from course import make, write
 from readmes import Reader, missing_sections
-from shared.stages.repo import root, stages
 
 TOP = root(Path(__file__).parent)
 STAGES = stages(TOP)

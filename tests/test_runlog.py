@@ -5,13 +5,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.atomic import write
+from shared.errors import BadInput
+from shared.runlog import RunLog, read_metrics, run_folder
+
 import matplotlib
 import numpy as np
 import pytest
 import torch
-
-from shared.errors import BadInput
-from shared.runlog import RunLog, read_metrics, run_folder, write
 
 matplotlib.use("Agg")
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from course import make
 from shared.stages.repo import Stage, find, root, stages
+
+import pytest
+
+from course import make
 
 STAGES = stages(root(Path(__file__).parent))
 NOWHERE = "http://127.0.0.1:9"  # a port where nobody listens: a download fails at once

@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
-import isolated
-import pytest
-from course import make
 from shared.stages.repo import root, stages
+
+import pytest
+
+import isolated
+from course import make
 from traps import copy, run, traps, verdict
 
 STAGES = stages(root(Path(__file__).parent))

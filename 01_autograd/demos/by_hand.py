@@ -19,10 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from engine import Value
 from shared import options
 from shared.console import say, table
-from shared.errors import cli
+from shared.program import run_program
+
+from engine import Value
 
 NUDGE = 1e-5  # smaller is not better: the loss has 16 digits, and the difference keeps only those that changed
 STEP = 0.1  # the learning rate of the one step at the end
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     values["loss"].backward()
     rows, worst = [], 0.0
     for name, (rule, hand) in by_hand(*at).items():
-        difference = central_difference(lambda h: loss_with(*at, name, h))
+        difference = central_difference(lambda h, name=name: loss_with(*at, name, h))
         engine = values[name].grad
         worst = max(worst, abs(hand - engine))
         rows.append(
@@ -126,4 +127,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

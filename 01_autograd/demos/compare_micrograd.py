@@ -23,15 +23,17 @@ from time import process_time
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
+from shared import options
+from shared.console import progress, table
+from shared.errors import BadInput
+from shared.program import run_program
+from shared.runlog import RunLog
+
 import numpy as np
 import torch
 
 from engine import Value, topological_order
 from nn import MLP, TensorMLP
-from shared import options
-from shared.console import progress, table
-from shared.errors import BadInput, cli
-from shared.runlog import RunLog
 from tensor import Tensor
 from train import moons
 
@@ -42,14 +44,14 @@ PLAIN, FUSED = "scalars, a node per operation", "scalars, as in nn.py"
 
 def scalar_loss(scores: list, signs: list[int]):
     """Mean of max(0, 1 - sign * score), in whichever scalar engine the scores are."""
-    return sum((1 - sign * score).relu() for score, sign in zip(scores, signs)) * (1 / len(signs))
+    return sum((1 - sign * score).relu() for score, sign in zip(scores, signs, strict=True)) * (1 / len(signs))
 
 
 def one_node_per_operation(mlp: MLP, xs: list) -> list:
     """`mlp(xs)` as micrograd computes it: every product and every sum is a node, where `dot` makes one of a neuron."""
     for layer in mlp.layers:
-        totals = [sum((w * x for w, x in zip(n.weights, xs)), n.bias) for n in layer.neurons]
-        xs = [total.relu() if n.activation else total for total, n in zip(totals, layer.neurons)]
+        totals = [sum((w * x for w, x in zip(n.weights, xs, strict=True)), n.bias) for n in layer.neurons]
+        xs = [total.relu() if n.activation else total for total, n in zip(totals, layer.neurons, strict=True)]
     return xs
 
 
@@ -110,7 +112,7 @@ def torch_step(scalars: MLP, points: np.ndarray, signs: list[int]) -> Callable:
 def tensor_twin(scalars: MLP, sizes: tuple[int, ...]) -> TensorMLP:
     """A TensorMLP with the weights of `scalars`."""
     twin = TensorMLP(sizes, "relu", np.random.default_rng(0))
-    for linear, layer in zip(twin.layers, scalars.layers):
+    for linear, layer in zip(twin.layers, scalars.layers, strict=True):
         linear.weight.data[:] = [[w.data for w in n.weights] for n in layer.neurons]
         linear.bias.data[:] = [n.bias.data for n in layer.neurons]
     return twin
@@ -122,9 +124,9 @@ def micrograd_twin(scalars: MLP, sizes: tuple[int, ...], folder: Path):
         raise BadInput(f"no micrograd in {folder}: uv pip install --target {folder} micrograd")
     sys.path.insert(0, str(folder))
     twin = importlib.import_module("micrograd.nn").MLP(sizes[0], list(sizes[1:]))
-    for theirs, ours in zip(twin.layers, scalars.layers):
-        for their_neuron, our_neuron in zip(theirs.neurons, ours.neurons):
-            for weight, value in zip([*their_neuron.w, their_neuron.b], our_neuron.parameters()):
+    for theirs, ours in zip(twin.layers, scalars.layers, strict=True):
+        for their_neuron, our_neuron in zip(theirs.neurons, ours.neurons, strict=True):
+            for weight, value in zip([*their_neuron.w, their_neuron.b], our_neuron.parameters(), strict=True):
                 weight.data = value.data
     return twin
 
@@ -156,9 +158,9 @@ def race(contenders: dict[str, Callable], rounds: int) -> list[dict]:
                 seconds, values, nodes[name] = turn(step, TURN)
                 times.setdefault(name, []).append(median(seconds))
                 losses.setdefault(name, []).extend(values)
-            for index, values in enumerate(zip(*losses.values())):  # as far as the slowest has come
+            for index, values in enumerate(zip(*losses.values(), strict=False)):  # as far as the slowest has come
                 if max(values) - min(values) > 1e-9 * max(1.0, *values):
-                    raise RuntimeError(f"the losses differ at step {index}: {dict(zip(losses, values))}")
+                    raise RuntimeError(f"the losses differ at step {index}: {dict(zip(losses, values, strict=True))}")
             bar.update(round + 1)
     return [
         {"engine": name, "nodes": nodes[name] or "", "ms per step": 1000 * median(medians[1:])}
@@ -210,4 +212,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from demos.by_hand import expression
-from draw import draw
 from shared import options
 from shared.console import say
-from shared.errors import cli
+from shared.program import run_program
 from shared.runlog import RunLog
+
+from demos.by_hand import expression
+from draw import draw
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,4 +31,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -3,12 +3,13 @@
 import re
 import shutil
 
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 
 from draw import draw, to_dot
 from engine import Value
-from shared.errors import BadInput
 from tensor import Tensor
 
 

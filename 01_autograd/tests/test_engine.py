@@ -89,7 +89,7 @@ def test_random_graphs_have_torchs_values_and_gradients():
         our_loss.backward()
         their_loss.backward()
         assert our_loss.data == pytest.approx(their_loss.item(), rel=1e-9, abs=1e-9), f"graph {index}: wrong value"
-        for i, (mine, torchs) in enumerate(zip(ours, theirs)):
+        for i, (mine, torchs) in enumerate(zip(ours, theirs, strict=True)):
             expected = 0.0 if torchs.grad is None else torchs.grad.item()
             assert mine.grad == pytest.approx(expected, rel=1e-7, abs=1e-9), (
                 f"graph {index}, node {i}: {mine.grad} is not d loss / d node = {expected}"

@@ -2,6 +2,7 @@
 
 import doctest
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ TORCH = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmo
 def torch_mlp(sizes, activation, weights) -> torch.nn.Sequential:
     """torch's own MLP; `weights` has a (weight [out, in], bias [out]) for each layer."""
     layers = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
+    for n_in, n_out in pairwise(sizes):
         layers += [torch.nn.Linear(n_in, n_out, dtype=torch.float64), TORCH[activation]()]
     model = torch.nn.Sequential(*layers[:-1])
     with torch.no_grad():
-        for linear, (weight, bias) in zip(model[::2], weights):
+        for linear, (weight, bias) in zip(model[::2], weights, strict=True):
             linear.weight.copy_(torch.tensor(weight, dtype=torch.float64))
             linear.bias.copy_(torch.tensor(bias, dtype=torch.float64))
     return model
@@ -38,7 +39,7 @@ def scalar_weights(mlp: MLP) -> list:
 def test_a_neuron_is_a_weighted_sum_a_bias_and_a_squashing():
     """A neuron computes activation(w . x + b): a hand-worked one, and its gradients."""
     neuron = Neuron(2, "relu", random.Random(0))
-    for parameter, number in zip(neuron.parameters(), (2.0, -1.0, 0.5)):
+    for parameter, number in zip(neuron.parameters(), (2.0, -1.0, 0.5), strict=True):
         parameter.data = number
     out = neuron([3.0, 4.0])
     out.backward()
@@ -60,7 +61,7 @@ def test_the_scalar_mlp_is_torchs(activation):
     assert [[v.data for v in row] for row in ours] == [pytest.approx(row, rel=1e-12) for row in expected.tolist()]
     sum(a * a - b for a, b in ours).backward()
     (expected[:, 0] ** 2 - expected[:, 1]).sum().backward()
-    for layer, linear in zip(mlp.layers, theirs[::2]):
+    for layer, linear in zip(mlp.layers, theirs[::2], strict=True):
         assert [[w.grad for w in n.weights] for n in layer.neurons] == [
             pytest.approx(row, rel=1e-10, abs=1e-12) for row in linear.weight.grad.tolist()
         ], "each weight's gradient, summed over the batch"
@@ -77,7 +78,7 @@ def test_the_tensor_mlp_is_torchs(activation):
     np.testing.assert_allclose(ours.data, expected.detach().numpy(), rtol=1e-12)
     (ours[:, 0] ** 2 - ours[:, 1]).sum().backward()
     (expected[:, 0] ** 2 - expected[:, 1]).sum().backward()
-    for mine, torchs in zip(mlp.parameters(), theirs.parameters()):
+    for mine, torchs in zip(mlp.parameters(), theirs.parameters(), strict=True):
         assert mine.shape == tuple(torchs.shape), "the layout of torch.nn.Linear: weight [out, in], bias [out]"
         np.testing.assert_allclose(mine.grad, torchs.grad.numpy(), rtol=1e-10, atol=1e-12)
 
@@ -136,9 +137,9 @@ def test_impossible_networks_are_refused():
     """A network without inputs, without layers or with an unknown activation says what is allowed."""
     rng, generator = random.Random(0), np.random.default_rng(0)
     for sizes in ((2,), (2, 0, 1), ()):
-        for make in (lambda: MLP(sizes, "tanh", rng), lambda: TensorMLP(sizes, "tanh", generator)):
+        for kind, source in ((MLP, rng), (TensorMLP, generator)):
             with pytest.raises(ValueError, match="each at least 1"):
-                make()
+                kind(sizes, "tanh", source)
     with pytest.raises(ValueError, match="at least 1"):
         Neuron(0, "tanh", rng)
     with pytest.raises(ValueError, match="at least 1"):

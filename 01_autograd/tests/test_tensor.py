@@ -148,7 +148,7 @@ def test_a_small_nudge_of_every_entry_shows_the_gradient():
 
     tensors = [Tensor(w) for w in weights]
     loss(tensors).backward()
-    for tensor, weight in zip(tensors, weights):
+    for tensor, weight in zip(tensors, weights, strict=True):
         for index in np.ndindex(weight.shape):
             value = weight[index]
             weight[index] = value + 1e-6

@@ -6,6 +6,9 @@ import math
 import random
 from functools import partial
 
+from shared.errors import BadInput
+from shared.runlog import RunLog
+
 import numpy as np
 import pytest
 import torch
@@ -13,15 +16,13 @@ import torch
 import tensor
 import train
 from nn import Linear, TensorMLP
-from shared.errors import BadInput
-from shared.runlog import RunLog
 from tensor import Tensor
 from train import AND, CORNERS, XOR, Config, descend, hidden_layer, learn_table, lone_neuron, moons
 
 
 def rights(w1: float, w2: float, b: float, targets: tuple[int, ...]) -> int:
     """How many corners a neuron with these numbers puts on the right side."""
-    return sum((w1 * x1 + w2 * x2 + b > 0) == bool(t) for (x1, x2), t in zip(CORNERS, targets))
+    return sum((w1 * x1 + w2 * x2 + b > 0) == bool(t) for (x1, x2), t in zip(CORNERS, targets, strict=True))
 
 
 def test_the_truth_tables_are_pythons():
@@ -41,9 +42,9 @@ def test_one_neuron_learns_and():
 
 def test_no_neuron_computes_xor():
     """No weights whatever make one neuron compute XOR: its four demands add up to 0 > 0; three of four is the limit."""
-    signed = [[(2 * t - 1) * factor for factor in (*corner, 1)] for corner, t in zip(CORNERS, XOR)]
+    signed = [[(2 * t - 1) * factor for factor in (*corner, 1)] for corner, t in zip(CORNERS, XOR, strict=True)]
     # Row i demands signed[i] . (w1, w2, b) >= 0, and > 0 where the target is 1. Added up, the four demand 0 > 0.
-    assert [sum(column) for column in zip(*signed)] == [0, 0, 0], "the four inequalities do not cancel"
+    assert [sum(column) for column in zip(*signed, strict=True)] == [0, 0, 0], "the four inequalities do not cancel"
     grid = [i / 4 for i in range(-12, 13)]
     best = max(rights(w1, w2, b, XOR) for w1, w2, b in itertools.product(grid, grid, grid))
     assert best == 3, f"{best} of 4 right: no line has more than three corners of XOR on the right side"
@@ -92,7 +93,7 @@ def test_training_arrays_follows_torch_step_by_step():
     mlp = TensorMLP((2, 8, 2), "tanh", rng)
     theirs = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
     with torch.no_grad():
-        for ours, parameter in zip(mlp.parameters(), theirs.parameters()):
+        for ours, parameter in zip(mlp.parameters(), theirs.parameters(), strict=True):
             parameter.copy_(torch.tensor(ours.data))
     x, targets = torch.tensor(points), torch.tensor(classes)
     for step, loss in descend(mlp, lambda: tensor.cross_entropy(mlp(Tensor(points)), classes), steps=50, lr=0.5):
@@ -103,7 +104,7 @@ def test_training_arrays_follows_torch_step_by_step():
         assert loss == pytest.approx(expected.item(), rel=1e-9), (
             f"step {step}: the loss leaves torch's path (gradients left over from the last step? the wrong direction?)"
         )
-    for ours, parameter in zip(mlp.parameters(), theirs.parameters()):
+    for ours, parameter in zip(mlp.parameters(), theirs.parameters(), strict=True):
         np.testing.assert_allclose(ours.data, parameter.detach().numpy(), rtol=1e-8, err_msg="weights after 50 steps")
 
 
@@ -112,7 +113,7 @@ def test_training_scalars_follows_torch_step_by_step():
     mlp, logit = hidden_layer(Config(hidden=3), random.Random(4))
     theirs = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
     with torch.no_grad():
-        for layer, linear in zip(mlp.layers, theirs[::2]):
+        for layer, linear in zip(mlp.layers, theirs[::2], strict=True):
             linear.weight.copy_(torch.tensor([[w.data for w in n.weights] for n in layer.neurons], dtype=torch.float64))
             linear.bias.copy_(torch.tensor([n.bias.data for n in layer.neurons], dtype=torch.float64))
     x, targets = torch.tensor(CORNERS, dtype=torch.float64), torch.tensor(XOR, dtype=torch.float64)

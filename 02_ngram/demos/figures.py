@@ -13,15 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-from data import forget, load_data, windows
-from matplotlib.figure import Figure
-from model import KneserNey, ModelConfig, NeuralBigram, NGram, look_up
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+from matplotlib.figure import Figure
+
+from data import forget, load_data, windows
+from model import KneserNey, ModelConfig, NeuralBigram, NGram, look_up
 from train import TrainConfig, distance, evaluate, train
 
 NANOGPT = 1.88  # nats per character on Tiny Shakespeare: the CPU recipe in nanoGPT's README (4 layers, 128 wide)
@@ -55,7 +58,7 @@ def draw_bigrams(models: dict[str, NGram | NeuralBigram], vocab, shown) -> Figur
     """P(next | this) of each model side by side, for the characters `shown` [K]: one row for each context."""
     figure = Figure(figsize=(5.5 * len(models), 5.8), layout="constrained")
     names = [{"\n": "\\n", " ": "_"}.get(char, char) for char in vocab.decode(shown)]
-    for ax, (name, model) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items()):
+    for ax, (name, model) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         image = ax.imshow(model.probs(shown[:, None])[:, shown].detach().numpy(), cmap="magma_r", vmin=0, vmax=0.6)
         ax.set(title=name, xlabel="next character", ylabel="this character")
         ax.set_xticks(range(len(names)), names, fontsize=8)
@@ -127,4 +130,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -16,14 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from data import load_data, windows
-from matplotlib.figure import Figure
-from model import KneserNey, Level, ModelConfig, NGram
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+from matplotlib.figure import Figure
+
+from data import load_data, windows
+from model import KneserNey, Level, ModelConfig, NGram
 from train import evaluate
 
 
@@ -110,4 +113,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-import torch.nn.functional as F
 from shared import options
 from shared.console import say
-from shared.errors import cli
+from shared.program import run_program
+
+import torch
+import torch.nn.functional as F
 
 
 def title(text: str):
@@ -151,4 +152,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -2,11 +2,14 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
+
+from shared.errors import BadInput
 
 import pytest
 import torch
+
 from data import Dataset, Vocabulary, forget, load_data, shuffle_lines, split, windows
-from shared.errors import BadInput
 
 COUNT = torch.arange(23)  # a text in which every token says where it stands
 WORDS = ["ann", "bo", "cid", "dan", "eva", "flo", "a", "gus", "hal", "anna", "ida", "joe", "kit", "bob", "leo", "max"]
@@ -154,6 +157,7 @@ def test_bigrams_of_a_word_list_match_a_counter(tmp_path):
     file.write_text("\n".join(WORDS), encoding="utf-8")
     data = load_data(str(file), words=True)
     x, y = windows(torch.cat([data.train, data.val]), 1)
-    pairs = Counter(zip(data.vocab.decode(x.flatten()).replace("\n", "."), data.vocab.decode(y).replace("\n", ".")))
+    befores, afters = (data.vocab.decode(ids.flatten()).replace("\n", ".") for ids in (x, y))
+    pairs = Counter(zip(befores, afters, strict=True))
     padded = ["." + word + "." for word in WORDS]
-    assert pairs == Counter(pair for word in padded for pair in zip(word, word[1:])), "a word lost its begin or its end"
+    assert pairs == Counter(pair for word in padded for pair in pairwise(word)), "a word lost its begin or its end"

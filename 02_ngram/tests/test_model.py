@@ -4,10 +4,12 @@ import itertools
 import math
 from collections import Counter, defaultdict
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from model import KneserNey, ModelConfig, NeuralBigram, NGram, discounts, look_up, pack, softmax
-from shared.errors import BadInput
 
 V = 5  # characters in the vocabulary of these tests
 LOOKS_BACK = 4  # tokens of context in the examples, more than most of the models use
@@ -52,7 +54,7 @@ def test_look_up_finds_what_is_there():
 
 def count_with_dicts(x, y, T: int, k: float, context: tuple, target: int) -> float:
     """P(target | context) by add-k from a Counter of tuples."""
-    grams = Counter((tuple(row[len(row) - T:]), t) for row, t in zip(x.tolist(), y.tolist()))
+    grams = Counter((tuple(row[len(row) - T:]), t) for row, t in zip(x.tolist(), y.tolist(), strict=True))
     total = sum(count for (seen, _), count in grams.items() if seen == context)
     return (grams[context, target] + k) / (total + k * V)
 
@@ -78,7 +80,7 @@ def test_an_n_gram_looks_at_the_newest_tokens(Model):
         short = Model(config(T)).fit(x[:, LOOKS_BACK - T:], y)
         assert torch.equal(long.prob(x, y), short.prob(x[:, LOOKS_BACK - T:], y)), "the wrong end of the context"
     bigram = Model(config(1)).fit(x, y)
-    seen = Counter(zip(x[:, -1].tolist(), y.tolist()))
+    seen = Counter(zip(x[:, -1].tolist(), y.tolist(), strict=True))
     first = Counter(x[:, -1].tolist())
     p = bigram.probs(torch.tensor([[1, 2, 3, 0]]))[0]
     likeliest = max(range(V), key=lambda target: seen[0, target])
@@ -144,7 +146,7 @@ class Reference:
     """Modified Kneser-Ney as Chen & Goodman write it, with dictionaries, tuples and floats. Slow."""
 
     def __init__(self, x, y, T: int):
-        grams = [tuple(row[len(row) - T:]) + (t,) for row, t in zip(x.tolist(), y.tolist())]
+        grams = [tuple(row[len(row) - T:]) + (t,) for row, t in zip(x.tolist(), y.tolist(), strict=True)]
         self.count = {T + 1: Counter(grams)}
         for n in range(T, 0, -1):
             # N1+(. g): in front of how many different tokens did the n-gram g stand?

@@ -2,12 +2,15 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
+
+from shared.errors import BadInput
 
 import pytest
 import torch
+
 from sample import main, sample
-from shared.errors import BadInput
 
 WORDS = ["ann", "bo", "cid", "dan", "eva", "flo", "gus", "hal", "ida", "joe", "kit", "leo", "max", "ned", "ola", "pia"]
 
@@ -35,7 +38,7 @@ def test_sampled_frequencies_match_the_probabilities():
     table = [[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.05, 0.05, 0.45, 0.45]]
     model = Told(1, lambda context: table[context[-1]])
     text = [0, *sample(model, torch.tensor([0]), 4000, generator=torch.Generator().manual_seed(0)).tolist()]
-    pairs, firsts = Counter(zip(text, text[1:])), Counter(text[:-1])
+    pairs, firsts = Counter(pairwise(text)), Counter(text[:-1])
     for a in range(4):
         expected = [firsts[a] * p for p in table[a]]
         chi2 = sum((pairs[a, b] - e) ** 2 / e for b, e in enumerate(expected))

@@ -5,14 +5,17 @@ import math
 import os
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+
+from shared import corpus
+from shared.errors import BadInput
 
 import pytest
 import torch
+
 from data import load_data, windows
 from model import KneserNey, ModelConfig, NeuralBigram, NGram
-from shared import corpus
-from shared.errors import BadInput
 from train import TrainConfig, distance, evaluate, main, nll, perplexity, train
 
 WORDS = "the cat and the dog sat on a mat then they ran to that tree at ten and had tea".split()
@@ -62,7 +65,7 @@ def test_the_loss_of_a_text_does_not_depend_on_how_it_is_cut(rows):
     """Evaluation in chunks gives the mean over all examples: a short last chunk weighs no more than its examples."""
     table = torch.softmax(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double), 1).tolist()
     x, y = torch.randint(4, (100, 3)), torch.arange(100) // 90  # the last 10 are different from the rest
-    expected = -sum(math.log(table[a][b]) for a, b in zip(x[:, -1].tolist(), y.tolist())) / 100
+    expected = -sum(math.log(table[a][b]) for a, b in zip(x[:, -1].tolist(), y.tolist(), strict=True)) / 100
     assert evaluate(Told(table), x, y, rows) == pytest.approx(expected), f"chunks of {rows}: a mean of means is no mean"
 
 
@@ -77,7 +80,7 @@ def test_each_step_goes_against_its_own_gradient():
         p = [e / sum(exps) for e in exps]
         assert loss == pytest.approx(-math.log(p[1]), abs=1e-5), f"step {step}: not the loss before the step"
         lr = 1.5 * (1 - (step - 1) / 10)
-        scores = [score - lr * (q - (i == 1)) for i, (score, q) in enumerate(zip(scores, p))]
+        scores = [score - lr * (q - (i == 1)) for i, (score, q) in enumerate(zip(scores, p, strict=True))]
         assert model.table[2].tolist() == pytest.approx(scores, abs=1e-5), (
             f"step {step}: not one step against this step's gradient (gradients add up if they are not forgotten)"
         )
@@ -124,7 +127,7 @@ def test_the_trained_softmax_meets_the_counts():
     model = NeuralBigram(ModelConfig(vocab_size=4, block_size=1))
     for _ in train(model, x, y, TrainConfig(steps=800, batch_size=1024, lr=20.0)):
         pass
-    pairs, firsts = Counter(zip(text, text[1:])), Counter(text[:-1])
+    pairs, firsts = Counter(pairwise(text)), Counter(text[:-1])
     learned = model.probs(torch.arange(4)[:, None]).tolist()
     for a in range(4):
         for b in range(4):
@@ -153,9 +156,9 @@ def test_the_run_states_what_it_found(text, out, capsys):
     content = text.read_text("utf-8")
     learn, judge = content[:10_800], content[10_800:]
     # The bigram by dictionaries. A window of 6 + 1 fits before every character but the first 6.
-    pairs, firsts = Counter(zip(learn[5:], learn[6:])), Counter(learn[5:-1])
+    pairs, firsts = Counter(pairwise(learn[5:])), Counter(learn[5:-1])
     vocab = len(set(content))
-    scored = [(pairs[a, b] + 0.01) / (firsts[a] + 0.01 * vocab) for a, b in zip(judge[5:], judge[6:])]
+    scored = [(pairs[a, b] + 0.01) / (firsts[a] + 0.01 * vocab) for a, b in pairwise(judge[5:])]
     bigram = -sum(map(math.log, scored)) / len(scored)
     row = next(line for line in screen.splitlines() if line.startswith("│     2"))
     assert f" {bigram:.3f} " in row, "the add-k bigram of the table is not the one that dictionaries count"

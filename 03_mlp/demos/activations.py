@@ -15,15 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-from data import load_data, windows
-from matplotlib.figure import Figure
-from model import ACTIVATIONS, MLP, ModelConfig
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+from matplotlib.figure import Figure
+
+from data import load_data, windows
+from model import ACTIVATIONS, MLP, ModelConfig
 from train import TrainConfig, evaluate, train
 
 BLOCK_SIZES = (1, 8)  # one character leaves nothing to combine: there even a linear model has all it needs
@@ -97,4 +100,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

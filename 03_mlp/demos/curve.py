@@ -12,12 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from matplotlib.figure import Figure
-from sample import load
 from shared import options
 from shared.console import say, table
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog, read_metrics, run_folder
+
+from matplotlib.figure import Figure
+
+from sample import load
 
 
 def read(name: str) -> dict:
@@ -60,4 +63,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

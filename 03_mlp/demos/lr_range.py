@@ -14,15 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-from data import batches, load_data
-from matplotlib.figure import Figure
-from model import MLP, ModelConfig
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+from matplotlib.figure import Figure
+
+from data import batches, load_data
+from model import MLP, ModelConfig
 from train import TrainConfig, evaluate, nll, train
 
 LOW, HIGH = 1e-5, 1.0  # rates of the first and the last step
@@ -124,4 +127,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

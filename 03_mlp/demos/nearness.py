@@ -14,16 +14,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-import torch.nn.functional as F
-from data import load_data, windows
-from matplotlib.figure import Figure
-from sample import load
 from shared import options
 from shared.console import say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog, run_folder
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from data import load_data, windows
+from sample import load
 
 LONGEST = 8  # characters of context that are looked for in the training text
 COUNTED = 6  # characters of context that are counted: the best n-gram of this text is the 7-gram
@@ -161,4 +164,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -2,12 +2,14 @@
 
 import math
 
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from model import ACTIVATIONS, MLP, ModelConfig
-from shared.errors import BadInput
 
 
 @pytest.fixture(autouse=True)

@@ -17,16 +17,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-import torch.nn.functional as F
-from data import load_data, windows
-from matplotlib.figure import Figure
-from model import MLP, ModelConfig
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from data import load_data, windows
+from model import MLP, ModelConfig
 from train import nll
 
 RUNS = (("batch", True), ("batch", False), ("layer", True))  # (norm, are the batches in text order)
@@ -147,4 +150,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -2,12 +2,14 @@
 
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
 import torch.nn.functional as F
-from model import MLP, NORMS, BatchNorm, Block, FeedForward, LayerNorm, ModelConfig, variance_scaling_
-from shared.errors import BadInput
 from torch import nn
+
+from model import MLP, NORMS, BatchNorm, Block, FeedForward, LayerNorm, ModelConfig, variance_scaling_
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # in float64, where only the order of the sums differs
 EPS = 0.03  # large beside the variances below, so that its place in the formula shows

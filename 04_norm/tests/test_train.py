@@ -4,14 +4,16 @@ import itertools
 import json
 import math
 
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from data import batches
 from model import MLP, NORMS, ModelConfig
 from sample import SampleConfig, load, sample
-from shared.errors import BadInput
-from torch import nn
 from train import TrainConfig, evaluate, main, nll, train
 
 

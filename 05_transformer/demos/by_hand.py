@@ -19,11 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-from model import attention
 from shared import options
 from shared.console import say, table
-from shared.errors import cli
+from shared.program import run_program
+
+import torch
+
+from model import attention
 
 WORDS = ("The", "cat", "it")
 CHANNELS = ("article", "noun", "pronoun", "animal")
@@ -129,4 +131,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -20,9 +20,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
+from shared import options
+from shared.console import progress, say, table
+from shared.device import setup
+from shared.errors import BadInput
+from shared.program import run_program
+from shared.runlog import RunLog
+
 import matplotlib
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from model import (
     Block,
     CausalSelfAttention,
@@ -32,12 +41,6 @@ from model import (
     sinusoidal_positions,
     variance_scaling_,
 )
-from shared import options
-from shared.console import progress, say, table
-from shared.device import setup
-from shared.errors import BadInput, cli
-from shared.runlog import RunLog
-from torch import nn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -211,4 +214,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

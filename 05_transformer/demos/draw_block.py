@@ -8,11 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import matplotlib
 from shared import options
 from shared.console import say
-from shared.errors import cli
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -91,4 +92,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -16,17 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import matplotlib
-import torch
-import torch.nn.functional as F
-from data import load_data, windows
-from model import attention_weights
-from sample import load
 from shared import options
 from shared.console import say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog, run_folder
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+
+from data import load_data, windows
+from model import attention_weights
+from sample import load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -133,4 +136,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -18,15 +18,18 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import matplotlib
-import torch
-from data import batches, load_data
-from model import GPT, ModelConfig
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import matplotlib
+import torch
+
+from data import batches, load_data
+from model import GPT, ModelConfig
 from train import nll
 
 matplotlib.use("Agg")
@@ -156,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

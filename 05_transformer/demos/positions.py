@@ -16,16 +16,19 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import matplotlib
-import torch
-import torch.nn.functional as F
-from data import load_data, windows
-from model import GPT, ModelConfig
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+
+from data import load_data, windows
+from model import GPT, ModelConfig
 from train import TrainConfig, train
 
 matplotlib.use("Agg")
@@ -111,4 +114,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -19,14 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import torch
-import torch.nn.functional as F
-from model import Block, ModelConfig, attention
 from shared import options
 from shared.console import table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+import torch.nn.functional as F
+
+from model import Block, ModelConfig, attention
 
 CHANNELS = (4, 16, 64, 256, 1024)
 KEYS = 32
@@ -89,4 +92,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -3,10 +3,12 @@
 import itertools
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from data import Dataset, Vocabulary, batches, load_data, split, windows
-from shared.errors import BadInput
 
 COUNT = torch.arange(23)  # a text in which every token says where it stands
 

@@ -3,23 +3,23 @@
 import itertools
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from model import (
     GPT,
     Block,
     CausalSelfAttention,
     FeedForward,
-    LayerNorm,
     ModelConfig,
     attention,
     attention_weights,
     sinusoidal_positions,
-    variance_scaling_,
 )
-from shared.errors import BadInput
-from torch import nn
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # in float64, where only the order of the sums differs
 
@@ -122,8 +122,9 @@ def test_attention_is_torchs():
     theirs = F.scaled_dot_product_attention(*inputs, is_causal=True)
     torch.testing.assert_close(ours, theirs, **CLOSE, msg=lambda m: "causal softmax(q k^T / sqrt(D)) v\n" + m)
     slope = torch.randn_like(ours)
-    for name, a, b in zip("qkv", torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(theirs, inputs, slope)):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+    grads = (torch.autograd.grad(out, inputs, slope) for out in (ours, theirs))
+    for name, a, b in zip("qkv", *grads, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
 
 
 def test_scaling_keeps_attention_soft():
@@ -159,7 +160,7 @@ def test_heads_are_torchs_multihead_attention():
     y2.backward(slope)
     torch.testing.assert_close(x1.grad, x2.grad, **CLOSE, msg=lambda m: "the gradient of the input is wrong\n" + m)
     for name, a, b in attention_grads(ours, theirs):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
 
 
 def test_heads_are_independent():
@@ -234,7 +235,7 @@ def test_block_is_torchs(norm):
     ):
         pairs += [(f"{name}.weight", a.weight.grad, b.weight.grad), (f"{name}.bias", a.bias.grad, b.bias.grad)]
     for name, a, b in pairs:
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
 
 
 def test_pre_norm_leaves_a_straight_path():
@@ -297,7 +298,8 @@ def test_a_prefix_is_scored_alike():
     for t in range(1, 8):
         torch.testing.assert_close(
             model(idx[:, :t]), whole[:, :t], **CLOSE,
-            msg=lambda m: f"the first {t} positions depend on how much text follows: mask or positions are off\n{m}",
+            msg=lambda m, t=t:
+            f"the first {t} positions depend on how much text follows: mask or positions are off\n{m}",
         )
 
 
@@ -352,7 +354,8 @@ def test_a_shift_is_a_rotation():
         pair = table[:, [2 * i + 1, 2 * i]]  # (cos, sin): a point on the unit circle
         torch.testing.assert_close(
             pair[:-k] @ turn.T, pair[k:], rtol=0, atol=5e-5,
-            msg=lambda m: f"channels {2 * i} and {2 * i + 1} do not turn by a fixed angle over {k} positions\n{m}",
+            msg=lambda m, i=i, k=k:
+            f"channels {2 * i} and {2 * i + 1} do not turn by a fixed angle over {k} positions\n{m}",
         )
     products = table @ table.T
     assert products[5, 9].item() == pytest.approx(products[40, 44].item(), abs=1e-3), "distance alone decides"

@@ -4,14 +4,16 @@ import math
 import pickle
 from fractions import Fraction
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+from torch import nn
+
 import train
 from data import Vocabulary
 from model import GPT, ModelConfig
 from sample import SampleConfig, filter_logits, load, main, sample
-from shared.errors import BadInput
-from torch import nn
 
 
 @pytest.fixture(autouse=True)

@@ -11,17 +11,21 @@ would need for all of them is extrapolated from its time per token read and the 
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import matplotlib
-import regex
-from data import split
 from shared import corpus, options
 from shared.console import say, table
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import matplotlib
+import regex
+
+from data import split
 from tokenizer import END, PATTERN, BPETokenizer, learn_tokens, merge
 
 matplotlib.use("Agg")
@@ -39,7 +43,7 @@ def naive(text: str, n_tokens: int):
     tokens, read = [bytes([byte]) for byte in range(256)], 0
     while len(tokens) < n_tokens:
         read += sum(map(len, pieces))
-        counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:]))
+        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
         if not counts:
             break
         pair = min(counts, key=lambda pair: (-counts[pair], pair))
@@ -61,7 +65,7 @@ def all_reads(lengths: dict[int, int]) -> float:
     Each merge reads the text as short as it is by then: the area under the curve of lengths, by trapezoids.
     """
     sizes = sorted(lengths)
-    return sum((b - a) * (lengths[a] + lengths[b]) / 2 for a, b in zip(sizes, sizes[1:]))
+    return sum((b - a) * (lengths[a] + lengths[b]) / 2 for a, b in pairwise(sizes))
 
 
 def sizes_up_to(last: int) -> list[int]:
@@ -131,4 +135,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -17,16 +17,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import model as stage
-import torch
-import torch.nn.functional as F
-from data import batches, load_data
-from model import GPT, ModelConfig
 from shared import options
 from shared.console import say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import torch
+import torch.nn.functional as F
+
+import model as stage
+from data import load_data
+from model import GPT, ModelConfig
 from train import TrainConfig, evaluate, gradient, make_optimizer, train
 
 WRITTEN = stage.attention
@@ -58,7 +61,10 @@ def step_times(args, vocab_size: int, names, rounds: int) -> dict[str, list[floa
             optimizer.zero_grad()
             times[name].append((time.perf_counter() - clock, time.process_time() - cores))
     stage.attention = WRITTEN
-    return {name: [1000 * statistics.median(part) for part in zip(*values[1:])] for name, values in times.items()}
+    return {
+        name: [1000 * statistics.median(part) for part in zip(*values[1:], strict=True)]
+        for name, values in times.items()
+    }
 
 
 def row(name: str, times: list[float], usual: list[float]) -> dict:
@@ -121,4 +127,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -20,16 +20,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-import matplotlib
-import numpy as np
-import torch
-from data import load_data
-from model import GPT, ModelConfig
 from shared import options
 from shared.console import progress, say, table
 from shared.device import setup
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.runlog import RunLog
+
+import matplotlib
+import numpy as np
+import torch
+
+from data import load_data
+from model import GPT, ModelConfig
 from train import TrainConfig, evaluate, make_optimizer, train
 
 matplotlib.use("Agg")
@@ -115,8 +118,10 @@ def main(argv: list[str] | None = None) -> None:
     rows, total, done = [], len(widths) * sum(lengths), 0
     with progress(total, "training") as bar:
         for steps, width in itertools.product(lengths, widths):
-            rows.append(run(width, steps, args, data, lambda step, loss: bar.update(
-                done + step, loss=loss, text=f"width {width}, {steps} steps")))
+            def update(step, loss, done=done, text=f"width {width}, {steps} steps"):
+                bar.update(done + step, loss=loss, text=text)
+
+            rows.append(run(width, steps, args, data, update))
             log.metrics(len(rows), **rows[-1])
             done += steps
 
@@ -142,4 +147,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

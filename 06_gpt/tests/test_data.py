@@ -3,11 +3,13 @@
 import itertools
 import math
 
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 import torch
+
 from data import Dataset, batches, load_data, read_tokens, split, windows, write_tokens
-from shared.errors import BadInput
 from tokenizer import END, BPETokenizer, CharTokenizer, train_tokenizer
 
 COUNT = torch.arange(23)  # a text in which every token says where it stands
@@ -183,7 +185,8 @@ def test_batches_of_a_token_file(tmp_path):
     path = tmp_path / "text.bin"
     text = "".join(chr(100 + i) for i in range(23))
     write_tokens(path, text, train_tokenizer("char", text, 0))
-    for (x, y), (a, b) in itertools.islice(zip(batches(read_tokens(path), 3, 2, 3), batches(COUNT, 3, 2, 3)), 20):
+    both = zip(batches(read_tokens(path), 3, 2, 3), batches(COUNT, 3, 2, 3), strict=True)
+    for (x, y), (a, b) in itertools.islice(both, 20):
         assert torch.equal(x, a) and torch.equal(y, b), "the file holds other tokens than the text"
         assert x.dtype == y.dtype == torch.long, "uint16 is how tokens are stored, int64 is what a model takes"
 

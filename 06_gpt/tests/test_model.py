@@ -3,13 +3,15 @@
 import itertools
 import math
 
-import model as trunk
+from shared.errors import BadInput
+
 import pytest
 import torch
 import torch.nn.functional as F
-from model import GPT, Block, CausalSelfAttention, FeedForward, LayerNorm, ModelConfig, attention, attention_weights
-from shared.errors import BadInput
 from torch import nn
+
+import model as trunk
+from model import GPT, Block, CausalSelfAttention, FeedForward, LayerNorm, ModelConfig, attention, attention_weights
 from train import PRESETS
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # in float64, where only the order of the sums differs
@@ -83,7 +85,7 @@ def test_layer_norm_is_its_formula():
         ("x", "weight", "bias"), torch.autograd.grad(norm(x), inputs, slope),
         torch.autograd.grad(expected, inputs, slope), strict=True,
     ):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
     fresh = LayerNorm(12)(1000 + x.detach().float())
     assert fresh.mean(-1).abs().max() < 1e-3 and (fresh.std(-1, correction=0) - 1).abs().max() < 1e-3, (
         "a fresh norm gives mean 0 and variance 1, far from 0 as well"
@@ -130,8 +132,9 @@ def test_attention_is_torchs():
     theirs = F.scaled_dot_product_attention(*inputs, is_causal=True)
     torch.testing.assert_close(ours, theirs, **CLOSE, msg=lambda m: "causal softmax(q k^T / sqrt(D)) v\n" + m)
     slope = torch.randn_like(ours)
-    for name, a, b in zip("qkv", torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(theirs, inputs, slope)):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+    grads = (torch.autograd.grad(out, inputs, slope) for out in (ours, theirs))
+    for name, a, b in zip("qkv", *grads, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
 
 
 class Elsewhere(torch.Tensor):
@@ -182,7 +185,7 @@ def test_causal_self_attention_is_torchs(n_head):
     y2.backward(slope)
     torch.testing.assert_close(x1.grad, x2.grad, **CLOSE, msg=lambda m: "the gradient of the input is wrong\n" + m)
     for name, a, b in attention_grads(ours, theirs):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
 
 
 def test_one_product_is_three():
@@ -256,7 +259,7 @@ def test_block_is_torchs():
     ):
         pairs += [(f"{name}.weight", a.weight.grad, b.weight.grad), (f"{name}.bias", a.bias.grad, b.bias.grad)]
     for name, a, b in pairs:
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m: f"the gradient of {name} is wrong\n{m}")
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"the gradient of {name} is wrong\n{m}")
 
 
 def test_model_is_embedding_blocks_norm_head():
@@ -322,7 +325,8 @@ def test_a_prefix_is_scored_alike():
     for t in range(1, 8):
         torch.testing.assert_close(
             model(idx[:, :t]), whole[:, :t], **CLOSE,
-            msg=lambda m: f"the first {t} positions depend on how much text follows: mask or positions are off\n{m}",
+            msg=lambda m, t=t:
+            f"the first {t} positions depend on how much text follows: mask or positions are off\n{m}",
         )
 
 
@@ -362,7 +366,7 @@ def test_starts_without_opinion(n_layer):
 
 @pytest.mark.parametrize("init_std", [0.02, None])
 def test_first_weights_have_their_spread(init_std):
-    """Matrices start as N(0, init_std²) or N(0, 1/C), those that feed the stream sqrt(2L) times smaller; biases at 0."""
+    """Matrices start as N(0, init_std^2) or N(0, 1/C), those that feed the stream smaller by sqrt(2L); biases at 0."""
     L = 8
     model = GPT(ModelConfig(vocab_size=200, block_size=64, n_embd=64, n_head=4, n_layer=L, init_std=init_std))
     for name, p in model.named_parameters():
@@ -387,8 +391,8 @@ def test_the_stream_keeps_its_size_at_any_depth():
     for n_layer in (2, 24):
         model = GPT(ModelConfig(vocab_size=65, block_size=16, n_embd=64, n_head=2, n_layer=n_layer, init_std=0.125))
         ends = []
-        model.blocks[0].register_forward_pre_hook(lambda module, args: ends.append(args[0]))
-        model.blocks[-1].register_forward_hook(lambda module, args, output: ends.append(output))
+        model.blocks[0].register_forward_pre_hook(lambda module, args, ends=ends: ends.append(args[0]))
+        model.blocks[-1].register_forward_hook(lambda module, args, output, ends=ends: ends.append(output))
         model(torch.randint(65, (8, 16)))
         added.append((ends[1] - ends[0]).std().item())
     assert added[1] == pytest.approx(added[0], rel=0.3), (
@@ -429,7 +433,7 @@ def test_dropout_statistics(p):
         kept = after != 0
         torch.testing.assert_close(
             after[kept], before[kept] / (1 - p),
-            msg=lambda m: f"{name}: what stays grows by 1 / (1 - p), so that the mean stays the same\n{m}",
+            msg=lambda m, name=name: f"{name}: what stays grows by 1 / (1 - p), so that the mean stays the same\n{m}",
         )
 
 

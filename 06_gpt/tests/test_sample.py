@@ -5,14 +5,16 @@ import math
 import pickle
 from fractions import Fraction
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+from torch import nn
+
 import train
 from model import GPT, ModelConfig
 from sample import SampleConfig, filter_logits, load, main, sample
-from shared.errors import BadInput
 from tokenizer import CharTokenizer, train_tokenizer
-from torch import nn
 
 
 @pytest.fixture(autouse=True)

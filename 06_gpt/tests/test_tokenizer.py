@@ -4,18 +4,23 @@ import json
 import random
 import unicodedata
 from collections import Counter
+from itertools import pairwise
+
+from shared.errors import BadInput
 
 import pytest
 import regex
 import tokenizers
-from shared.errors import BadInput
+
 from tokenizer import END, PATTERN, BPETokenizer, CharTokenizer, from_state, learn_tokens, merge, train_tokenizer
 
 PROSE = """It was the baker's third attempt, and the bread still wouldn't rise. "We'll try again," she said; they'd
 tried twelve times in 2019 alone.  The others watched the oven, the clock, the street - anything but the bread.\r\n
 \tAt four it rose. Nobody cheered: they were tired, the baker's boy was asleep, and the cat had eaten the butter!!!
 """ * 2
-FOREIGN = "Straße und Öl, naïve café; 東京都は東京です。 Привет, привет! ελληνικά 🙂🙂👩‍🚀 e\u0301e\u0301  \u00a0\u3000x\n\n\n" * 3
+FOREIGN = """Straße und Öl, naïve café; 東京都は東京です。 Привет, привет! ελληνικά 🙂🙂👩‍🚀
+e\u0301e\u0301  \u00a0\u3000x\n\n
+""" * 3
 TIES = "zebra,apple;mango!kiwi?zebra.mango,apple|kiwi-ab;ba,abba:baab,abab/baba,bbaa,aabb"  # no spaces: see below
 RUNS = "aaaa aaaaaaa a aa aaa aaaaab baaaaa bbbbbb      x\n\n\n\n\n    aaaaaaaaaaaaaaaaaaaaa"
 
@@ -27,7 +32,7 @@ def slow_tokens(text: str, n_tokens: int, alphabet=range(256)) -> list[bytes]:
     words = [word for document in text.split(END) for word in regex.findall(PATTERN, document)]
     pieces = [[ids[bytes([byte])] for byte in word.encode("utf-8")] for word in words]
     while len(tokens) < n_tokens:
-        counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:]))
+        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
         if not counts:
             break
         pair = min(counts, key=lambda pair: (-counts[pair], pair))  # the most frequent; of those that tie, lowest ids

@@ -13,20 +13,22 @@ import sys
 import time
 from pathlib import Path
 
+from shared import corpus, options
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
 import train as trunk
 from data import batches
 from model import GPT, ModelConfig
 from sample import load
 from sample import main as write_text
-from shared import corpus, options
-from shared.errors import BadInput
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from train import PRESETS, TrainConfig, evaluate, gradient, learning_rate, main, make_optimizer, nll, train
 
 

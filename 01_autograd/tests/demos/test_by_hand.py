@@ -2,11 +2,12 @@
 
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
 
 from demos import by_hand
-from shared.errors import BadInput
 
 POINTS = [(-2.0, 0.5, 1.5), (0.3, -1.0, 0.1), (1.0, 0.0, 0.0)]
 
@@ -29,7 +30,7 @@ def test_hand_engine_nudge_and_torch_agree(point):
     rules = by_hand.by_hand(*point)
     assert set(rules) == set(values), "every variable of the expression is worked out by hand"
     for name, (_, hand) in rules.items():
-        nudged = by_hand.central_difference(lambda h: by_hand.loss_with(*point, name, h))
+        nudged = by_hand.central_difference(lambda h, name=name: by_hand.loss_with(*point, name, h))
         assert values[name].grad == pytest.approx(hand, rel=1e-12, abs=1e-15), f"d_{name}: hand and engine differ"
         assert nudged == pytest.approx(hand, rel=1e-8, abs=1e-9), f"d_{name}: a nudge shows another slope"
         if name != "loss":

@@ -4,10 +4,11 @@ import json
 import sys
 import textwrap
 
+from shared.errors import BadInput
+
 import pytest
 
 from demos import compare_micrograd
-from shared.errors import BadInput
 
 STAND_IN = """
     import random

@@ -3,12 +3,14 @@
 import json
 import random
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from data import Vocabulary
 from demos import figures
 from model import ModelConfig, NGram
-from shared.errors import BadInput
 
 
 def test_the_share_of_contexts_seen():

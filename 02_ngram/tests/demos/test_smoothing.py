@@ -4,11 +4,13 @@ import json
 import random
 from collections import Counter
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from demos import smoothing
 from model import KneserNey, ModelConfig
-from shared.errors import BadInput
 
 V = 6
 
@@ -34,9 +36,9 @@ def test_raw_counts_count_occurrences():
     """Without continuation counts a shorter context counts how often, not after how many different tokens."""
     x, y = examples()
     levels = smoothing.RawCounts(ModelConfig(vocab_size=V, block_size=2)).fit(x, y).levels
-    pairs = Counter(zip(x[:, 1].tolist(), y.tolist()))
+    pairs = Counter(zip(x[:, 1].tolist(), y.tolist(), strict=True))
     totals = Counter(a for a, _ in pairs.elements())
-    assert dict(zip(levels[1].contexts.tolist(), levels[1].totals.tolist())) == totals
+    assert dict(zip(levels[1].contexts.tolist(), levels[1].totals.tolist(), strict=True)) == totals
     top = KneserNey(ModelConfig(vocab_size=V, block_size=2)).fit(x, y).levels[2]
     assert torch.equal(levels[2].kept, top.kept), "the longest context counts occurrences with and without the idea"
 

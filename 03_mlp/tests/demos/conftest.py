@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 import train
 
 WORDS = "the a cat rat mat sat on under and ran from big old".split()

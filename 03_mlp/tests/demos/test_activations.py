@@ -2,11 +2,13 @@
 
 import json
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from demos import activations
 from model import MLP, ModelConfig
-from shared.errors import BadInput
 
 
 def test_only_a_linear_model_collapses():

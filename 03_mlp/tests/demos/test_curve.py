@@ -1,8 +1,10 @@
 """The loss curve shows finished runs."""
 
-import pytest
-from demos import curve
 from shared.errors import BadInput
+
+import pytest
+
+from demos import curve
 
 
 def test_the_demo_runs(trained, out, capsys):

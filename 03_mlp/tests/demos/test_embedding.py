@@ -2,11 +2,13 @@
 
 import json
 
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
 import torch
+
 from demos import embedding
-from shared.errors import BadInput
 
 
 def test_principal_components_are_the_covariance_s_eigenvectors():

@@ -1,12 +1,15 @@
 """The range test raises the rate as it says, and is read off right."""
 
+import itertools
 import json
+
+from shared.errors import BadInput
 
 import pytest
 import torch
+
 from demos import lr_range
 from model import MLP, ModelConfig
-from shared.errors import BadInput
 from train import TrainConfig
 
 
@@ -17,7 +20,7 @@ def test_the_rate_grows_by_the_same_factor():
     curve = list(lr_range.range_test(model, torch.arange(5).repeat(20), TrainConfig(steps=21, batch_size=8)))
     rates = [rate for rate, _ in curve]
     assert rates[0] == pytest.approx(1e-5) and rates[-1] == pytest.approx(1.0), "from LOW to HIGH"
-    factors = {round(b / a, 6) for a, b in zip(rates, rates[1:], strict=False)}
+    factors = {round(b / a, 6) for a, b in itertools.pairwise(rates)}
     assert factors == {round(10 ** (5 / 20), 6)}, "equal factors, or the figure's logarithmic axis is covered unevenly"
     assert curve[0][1] == pytest.approx(1.61, abs=0.1), "the average starts at the first loss, about ln 5, not at 0"
 

@@ -4,12 +4,14 @@ import json
 import math
 from collections import Counter
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from data import windows
 from demos import nearness
 from sample import load
-from shared.errors import BadInput
 
 
 def slowly(text: list[int], contexts, targets, V: int, longest: int) -> list[float]:

@@ -2,9 +2,11 @@
 
 import json
 
-import pytest
-from demos import sweep
 from shared.errors import BadInput
+
+import pytest
+
+from demos import sweep
 
 
 def test_one_setting_changes_at_a_time():

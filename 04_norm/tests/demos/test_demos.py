@@ -4,12 +4,14 @@ import copy
 import json
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+from torch import nn
+
 from demos import covariate_shift, depth, leak, signals
 from model import MLP, ModelConfig
-from shared.errors import BadInput
-from torch import nn
 
 
 def summary(out, name) -> dict:

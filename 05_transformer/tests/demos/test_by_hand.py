@@ -2,11 +2,13 @@
 
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
 import torch.nn.functional as F
+
 from demos import by_hand
-from shared.errors import BadInput
 
 
 @pytest.mark.parametrize("sharpen", [1.0, 4.0, -2.0])

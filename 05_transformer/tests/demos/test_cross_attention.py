@@ -2,13 +2,15 @@
 
 import json
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+from torch import nn
+
 from demos import cross_attention
 from demos.cross_attention import CrossAttention, DecoderBlock, EncoderBlock, Seq2Seq
 from model import ModelConfig
-from shared.errors import BadInput
-from torch import nn
 
 CONFIG = ModelConfig(vocab_size=27, block_size=16, n_embd=12, n_head=3, n_layer=2)
 

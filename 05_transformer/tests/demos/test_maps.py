@@ -2,13 +2,15 @@
 
 import json
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+from torch import nn
+
 import train
 from demos import maps
 from model import GPT, ModelConfig
-from shared.errors import BadInput
-from torch import nn
 
 
 def test_the_maps_are_the_weights_in_use():
@@ -26,7 +28,7 @@ def test_the_maps_are_the_weights_in_use():
         theirs.in_proj_bias.data = torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]).data
         y, future = block.norm1(x), torch.ones(5, 5, dtype=torch.bool).triu(1)
         _, expected = theirs(y, y, y, attn_mask=future, average_attn_weights=False)
-        torch.testing.assert_close(found[layer], expected, msg=lambda m: f"layer {layer}\n{m}")
+        torch.testing.assert_close(found[layer], expected, msg=lambda m, layer=layer: f"layer {layer}\n{m}")
         x = block(x)
     assert not model.blocks[0].attn._forward_hooks and model.training, "the model is handed back as it came"
 

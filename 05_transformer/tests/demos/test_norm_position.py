@@ -4,11 +4,13 @@ import json
 import math
 from collections import Counter
 
+from shared.errors import BadInput
+
 import pytest
 import torch
 import torch.nn.functional as F
+
 from demos import norm_position
-from shared.errors import BadInput
 
 
 def test_the_unigram_loss_is_the_entropy_of_the_frequencies():

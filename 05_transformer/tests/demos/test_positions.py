@@ -2,11 +2,13 @@
 
 import json
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from data import windows
 from demos import positions
-from shared.errors import BadInput
 
 
 def test_only_the_past_is_shuffled():

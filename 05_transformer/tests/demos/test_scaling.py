@@ -3,10 +3,12 @@
 import json
 import math
 
+from shared.errors import BadInput
+
 import pytest
 import torch
+
 from demos import draw_block, scaling
-from shared.errors import BadInput
 
 
 @pytest.mark.parametrize("D", [4, 64])

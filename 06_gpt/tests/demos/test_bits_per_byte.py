@@ -3,9 +3,11 @@
 import json
 import math
 
-import pytest
-from demos import bits_per_byte
 from shared.errors import BadInput
+
+import pytest
+
+from demos import bits_per_byte
 
 SMALL = ["--n-layer", "1", "--n-embd", "8", "--n-head", "2", "--block-size", "16"]
 

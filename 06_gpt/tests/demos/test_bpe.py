@@ -2,9 +2,11 @@
 
 import json
 
-import pytest
-from demos import bpe
 from shared.errors import BadInput
+
+import pytest
+
+from demos import bpe
 from tokenizer import BPETokenizer, learn_tokens
 
 TEXT = "peter piper picked a peck of pickled peppers; how many pickled peppers did peter piper pick? " * 3

@@ -3,9 +3,11 @@
 import json
 from argparse import Namespace
 
-import pytest
-from demos import init
 from shared.errors import BadInput
+
+import pytest
+
+from demos import init
 
 SHAPE = {"block_size": 16, "n_embd": 64, "n_head": 2, "n_layer": 2, "dropout": 0.0}
 

@@ -2,11 +2,13 @@
 
 import json
 
-import model
+from shared.errors import BadInput
+
 import pytest
 import torch
+
+import model
 from demos import precision
-from shared.errors import BadInput
 
 SMALL = ["--n-layer", "1", "--n-embd", "8", "--n-head", "2", "--block-size", "16", "--rounds", "2", "--batch-size", "2"]
 

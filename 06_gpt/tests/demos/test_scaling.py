@@ -2,10 +2,12 @@
 
 import json
 
+from shared.errors import BadInput
+
 import numpy as np
 import pytest
+
 from demos import scaling
-from shared.errors import BadInput
 
 N, D = (grid.ravel() for grid in np.meshgrid([1.5e4, 5e4, 2e5, 8e5], [2.5e5, 5e5, 1e6, 2e6], indexing="ij"))
 

@@ -19,12 +19,12 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import Progress
-
 from shared import python_docs
+from shared.atomic import write
 from shared.console import console, say
 from shared.errors import BadInput
-from shared.runlog import write
+
+from rich.progress import Progress
 
 TIMEOUT = 15  # seconds without a byte before a download is given up
 
@@ -91,11 +91,12 @@ def read_text(path: Path) -> str:
             raise BadInput(f"{path} is a folder: name a UTF-8 text file in it")
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise BadInput(f"no corpus or file {str(path)!r}: choose {', '.join(SOURCES)}, python-docs or a UTF-8 file")
+        names = ", ".join(SOURCES)
+        raise BadInput(f"no corpus or file {str(path)!r}: choose {names}, python-docs or a UTF-8 file") from None
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): save it as UTF-8")
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): save it as UTF-8") from None
     except OSError as error:
-        raise BadInput(f"cannot read {path} ({error.strerror}): check its permissions")
+        raise BadInput(f"cannot read {path} ({error.strerror}): check its permissions") from None
     if not text.strip():
         raise BadInput(f"{path} holds no text: choose another file")
     return text
@@ -139,7 +140,7 @@ def stored(file: Path) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BadInput(f"cannot read {file} ({error.strerror}): check its permissions or remove it")
+        raise BadInput(f"cannot read {file} ({error.strerror}): check its permissions or remove it") from None
 
 
 def right(data: bytes, source: Source) -> bool:
@@ -163,7 +164,7 @@ def download(source: Source) -> bytes:
                 if len(data) > source.size:
                     break
     except (OSError, http.client.HTTPException) as error:
-        raise BadInput(f"cannot download {source.url} ({getattr(error, 'reason', None) or error}): {remedy}")
+        raise BadInput(f"cannot download {source.url} ({getattr(error, 'reason', None) or error}): {remedy}") from None
     if len(data) < source.size:
         raise BadInput(f"{source.url} ended after {len(data):,} of {source.size:,} bytes: {remedy}")
     if not right(data, source):

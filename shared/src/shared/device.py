@@ -3,10 +3,10 @@
 import ctypes
 import random
 
+from shared.errors import BadInput
+
 import numpy as np
 import torch
-
-from shared.errors import BadInput
 
 
 def setup(device: str = "auto", seed: int = 1337) -> torch.device:

@@ -13,6 +13,7 @@ import re
 import time
 from pathlib import Path
 
+from shared.atomic import write
 from shared.errors import BadInput
 
 SUMMARY = ("corpus", "seed", "params", "tokens", "steps", "seconds", "val_loss", "val_bpb")
@@ -59,7 +60,8 @@ class RunLog:
             (self.folder / "metrics.jsonl").open("a" if resume else "w", encoding="utf-8").close()
             self.rewind(math.inf)  # half a line, left by a crash, would spoil the next one
         except OSError as error:
-            raise BadInput(f"cannot write to {self.folder} ({error.strerror}): choose another name or STAGES_OUT")
+            remedy = "choose another name or STAGES_OUT"
+            raise BadInput(f"cannot write to {self.folder} ({error.strerror}): {remedy}") from None
 
     def metrics(self, step: int, **numbers) -> None:
         """Add one line: {"step": step, "seconds": since this RunLog was made unless given, **numbers}."""
@@ -126,13 +128,3 @@ def dumps(value, **how) -> str:
         return thing.tolist() if hasattr(thing, "tolist") else str(thing)
 
     return json.dumps(value, default=plain, ensure_ascii=False, **how)
-
-
-def write(file: Path, content: str | bytes) -> None:
-    """Replace `file` in one step: it holds the old content or the new, whatever happens meanwhile."""
-    half = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        half.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        os.replace(half, file)
-    finally:
-        half.unlink(missing_ok=True)

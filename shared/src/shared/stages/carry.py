@@ -13,9 +13,9 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shared.atomic import write
 from shared.console import say, table
 from shared.errors import BadInput
-from shared.runlog import write
 from shared.stages.merge import CARRIED, CONFLICT, MERGED, changed_names, merge
 from shared.stages.repo import Stage, find, root, stages
 

@@ -11,7 +11,8 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from shared.errors import BadInput, cli
+from shared.errors import BadInput
+from shared.program import run_program
 from shared.stages.definitions import PSEUDO, WHOLE, Change, compare_stages, load
 from shared.stages.repo import Stage, before, find
 
@@ -135,4 +136,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.markup import escape
-
 from shared.console import console
 from shared.errors import BadInput
 from shared.stages import repo
 from shared.stages.results import Progress, record_progress
 from shared.stages.view import View
+
+from rich.markup import escape
 
 
 @contextmanager

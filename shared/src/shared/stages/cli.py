@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from shared import errors
 from shared.errors import BadInput
+from shared.program import run_program
 from shared.stages import carry, check, diff, doctor, ladder, overview, run
 
 
@@ -44,4 +44,4 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
                 os.environ[name] = os.path.abspath(os.environ[name])
         return args.func(args)
 
-    errors.cli(command)
+    run_program(command)

@@ -176,7 +176,8 @@ def split(source: str) -> list[Piece]:
         marks = [(1, *marks[0][1:]), *marks[1:]] if marks else [(1, "module code", "code")]
     ends = [start - 1 for start, *_ in marks[1:]] + [len(lines)]
     return [
-        Piece(name, kind, "".join(lines[start - 1 : end]), start, end) for (start, name, kind), end in zip(marks, ends)
+        Piece(name, kind, "".join(lines[start - 1 : end]), start, end)
+        for (start, name, kind), end in zip(marks, ends, strict=False)
     ]
 
 

@@ -4,15 +4,15 @@ import argparse
 import difflib
 from pathlib import Path
 
-from rich.syntax import Syntax
-from rich.text import Text
-
+from shared.atomic import write
 from shared.console import console, say, table
 from shared.errors import BadInput
-from shared.runlog import write
 from shared.stages import html
 from shared.stages.definitions import Change, compare_stages, fold
 from shared.stages.repo import Stage, before, find
+
+from rich.syntax import Syntax
+from rich.text import Text
 
 COLOURS = {"new": "green", "changed": "yellow", "removed": "red"}
 CONTEXT = 3  # unchanged lines around a change

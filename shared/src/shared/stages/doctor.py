@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from rich.text import Text
-
 from shared import corpus
 from shared.console import console
 from shared.errors import BadInput
 from shared.stages import repo
+
+from packaging.requirements import Requirement
+from rich.text import Text
 
 FREE = 2 * 10**9  # bytes: checkpoints, token files, figures of all stages
 

@@ -9,11 +9,11 @@ from html import escape
 from itertools import groupby
 from string import Template
 
-from pygments.lexers.python import PythonLexer
-from pygments.token import Token
-
 from shared.stages.definitions import Change
 from shared.stages.repo import Stage
+
+from pygments.lexers.python import PythonLexer
+from pygments.token import Token
 
 SIMILAR = 0.5  # two lines at least this alike (0 to 1) are an old and a new version of one line
 FOLD, KEEP = 20, 3  # longer runs of equal lines are folded, but for the lines at their ends
@@ -116,7 +116,7 @@ def differences(old: str, new: str) -> tuple[frozenset[int], frozenset[int]]:
     sides = [re.findall(r"\w+|\s+|.", line) for line in (old, new)]
     marked = [set(range(len(old))), set(range(len(new)))]
     for block in SequenceMatcher(None, *sides, False).get_matching_blocks():
-        for side, start, places in zip(sides, (block.a, block.b), marked):
+        for side, start, places in zip(sides, (block.a, block.b), marked, strict=True):
             begin = len("".join(side[:start]))
             places.difference_update(range(begin, begin + len("".join(side[start : start + block.size]))))
     return frozenset(marked[0]), frozenset(marked[1])

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+from shared.atomic import write
 from shared.console import console, say
 from shared.errors import BadInput
-from shared.runlog import write
 from shared.stages import repo
 from shared.stages.results import summaries
 

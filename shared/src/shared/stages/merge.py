@@ -48,7 +48,7 @@ def merge_text(ours: str, base: str, theirs: str, labels: tuple[str, str], union
     grown = all(set(base.splitlines()) <= set(side.splitlines()) for side in (ours, theirs))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("ours", "base", "theirs")]
-        for file, text in zip(files, (ours, base, theirs)):
+        for file, text in zip(files, (ours, base, theirs), strict=True):
             file.write_bytes(text.encode("utf-8"))
         names = [word for label in (labels[0], "before the fix", labels[1]) for word in ("-L", label)]
         options = ["-p", "-q", *(["--union"] if union and grown else [])]

@@ -2,12 +2,12 @@
 
 import argparse
 
-from rich.markup import escape
-from rich.table import Table
-
 from shared.console import console, say
 from shared.stages import repo
 from shared.stages.results import Progress, read_progress, summaries
+
+from rich.markup import escape
+from rich.table import Table
 
 
 def best_loss(stage: repo.Stage) -> str:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from shared.runlog import write
+from shared.atomic import write
 from shared.stages.repo import Stage
 
 

@@ -4,7 +4,6 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from shared.errors import BadInput
 from shared.stages.repo import Stage, find

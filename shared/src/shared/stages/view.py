@@ -4,10 +4,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from rich.markup import escape
-
 from shared.console import console
 from shared.stages.results import Progress
+
+from rich.markup import escape
 
 MARKS = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "skipped": "[yellow]–[/yellow]"}
 MESSAGE_LINES = 6  # of a failure: enough for the idea, too few for a dump of two tensors

@@ -1,12 +1,13 @@
-"""`shared.errors.cli`: one line and the right exit code for a user's mistake, a traceback for ours."""
+"""`shared.program.run_program`: one line and the right exit code for a user's mistake, a traceback for ours."""
+
+from shared.errors import BadInput
+from shared.program import run_program
 
 import pytest
 
-from shared.errors import BadInput, cli
-
 
 def outcome(error, capsys):
-    """What `cli` makes of a program that raises `error` (or returns it): exit code, stdout, stderr."""
+    """What `run_program` makes of a program that raises `error` (or returns it): exit code, stdout, stderr."""
 
     def main():
         if isinstance(error, BaseException):
@@ -14,7 +15,7 @@ def outcome(error, capsys):
         return error
 
     with pytest.raises(SystemExit) as stop:
-        cli(main)
+        run_program(main)
     return stop.value.code, *capsys.readouterr()
 
 
@@ -41,7 +42,7 @@ def test_a_bug_keeps_its_traceback():
         raise ValueError("not the user's fault")
 
     with pytest.raises(ValueError, match="not the user's fault"):
-        cli(main)
+        run_program(main)
 
 
 @pytest.mark.parametrize("error", [BadInput("x"), OSError("x"), KeyboardInterrupt()])
@@ -52,4 +53,4 @@ def test_stages_traceback_shows_everything(error, monkeypatch):
         raise error
 
     with pytest.raises(type(error)):
-        cli(main)
+        run_program(main)
