@@ -1,4 +1,4 @@
-"""Text to integers and back, and the examples a model learns from: some context and the character that follows."""
+"""A text as tokens, split in two, and the examples a model learns from: some context and the token that follows."""
 
 import math
 from dataclasses import dataclass
@@ -8,30 +8,7 @@ from shared.errors import BadInput
 
 import torch
 
-
-class Vocabulary:
-    """The distinct characters of a text, numbered in sorted order.
-
-    Vocabulary("hello").chars == "ehlo", so "hole" encodes to [1, 3, 2, 0].
-    """
-
-    def __init__(self, text: str):
-        self.chars = "".join(sorted(set(text)))
-        self.index = {char: i for i, char in enumerate(self.chars)}
-
-    def __len__(self):
-        return len(self.chars)
-
-    def encode(self, text: str) -> torch.Tensor:
-        """Text of N characters -> token ids [N]. Raises BadInput for a character that is not in the vocabulary."""
-        try:
-            return torch.tensor([self.index[char] for char in text], dtype=torch.long)
-        except KeyError as error:
-            raise BadInput(f"character {error.args[0]!r} is not among the {len(self)} known: {self.chars!r}") from None
-
-    def decode(self, ids) -> str:
-        """Token ids, a tensor [N] or a list -> text of N characters."""
-        return "".join(self.chars[i] for i in torch.as_tensor(ids).tolist())
+from tokenizer import CharTokenizer
 
 
 def split(text: str) -> tuple[str, str]:
@@ -70,7 +47,7 @@ def windows(data: torch.Tensor, block_size: int):
     x = [[1, 2], [2, 3]], y = [3, 4]. Raises BadInput when no window fits.
     """
     if len(data) <= block_size:
-        raise BadInput(f"a text of {len(data)} characters has no window of {block_size} + 1: use a longer text")
+        raise BadInput(f"a text of {len(data)} tokens has no window of {block_size} + 1: use a longer text")
     rows = data.unfold(0, block_size + 1, 1)  # a view: the text is not copied once per window
     return rows[:, :-1], rows[:, -1]
 
@@ -80,7 +57,7 @@ class Dataset:
     """A corpus, ready for a model."""
 
     name: str
-    vocab: Vocabulary
+    tokenizer: CharTokenizer
     train: torch.Tensor  # token ids of the first 90 % of the text
     val: torch.Tensor  # token ids of the rest
     bytes_per_char: float  # of the validation text in UTF-8: 1 for plain English
@@ -94,6 +71,7 @@ def load_data(name: str | None = None, words: bool = False, seed: int = 1337) ->
     """The corpus called `name`, split and encoded; `words` says that it is a word list, one word a line."""
     source = corpus.load(name)
     text = shuffle_lines(source.text, seed) if words else source.text
-    vocab = Vocabulary(text)
+    tokenizer = CharTokenizer(text)
     train, val = split(text)
-    return Dataset(source.name, vocab, vocab.encode(train), vocab.encode(val), len(val.encode("utf-8")) / len(val))
+    train_ids, val_ids = (torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in (train, val))
+    return Dataset(source.name, tokenizer, train_ids, val_ids, bytes_per_char=len(val.encode("utf-8")) / len(val))

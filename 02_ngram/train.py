@@ -35,8 +35,8 @@ class TrainConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.lr <= 0:
-            raise BadInput(f"lr is {self.lr}: it must be above 0")
+        if not 0 < self.lr < math.inf:  # so that nan is refused as well
+            raise BadInput(f"lr is {self.lr}: it must be above 0, and finite")
 
 
 def nll(model, x, y):
@@ -51,19 +51,30 @@ def evaluate(model, x, y, rows: int = 2**16) -> float:
     return total / len(y)
 
 
+def schedule(step: int, config: TrainConfig) -> float:
+    """The learning rate of step 0, 1, ... as a share of the highest one: from 1 in a straight line towards 0.
+
+    Smaller and smaller steps average the noise of the batches out.
+    """
+    return 1 - step / config.steps
+
+
 def train(model, x, y, config: TrainConfig):
     """Stochastic gradient descent: step against the gradient of the loss on a random handful of examples.
 
-    Yields (step, loss) after each step.
+    Yields (step, loss) after each step. Raises BadInput at the first loss that is infinite or nan, before it reaches
+    the weights.
     """
     generator = torch.Generator().manual_seed(config.seed)
     for step in range(config.steps):
         rows = torch.randint(len(x), (config.batch_size,), generator=generator)
         loss = nll(model, x[rows], y[rows])
+        if not loss.isfinite():
+            raise BadInput(f"the loss is {loss.item()} at step {step + 1}: lower --lr, which is {config.lr:g}")
         for p in model.parameters():
             p.grad = None  # gradients add up over backward calls: forget the last step's
         loss.backward()
-        lr = config.lr * (1 - step / config.steps)  # smaller and smaller steps average the noise of the batches out
+        lr = config.lr * schedule(step, config)
         with torch.no_grad():
             for p in model.parameters():
                 p -= lr * p.grad
@@ -102,15 +113,13 @@ def count_orders(shapes, x, y, val_x, val_y) -> list[dict]:
 
 
 def learn(model, x, y, val_x, val_y, config: TrainConfig, log: RunLog) -> dict:
-    """Train the neural bigram under a progress line and score it. Raises BadInput when the loss is infinite or nan."""
+    """Train the neural bigram under a progress line and score it."""
     start = time.perf_counter()
     with progress(config.steps, "neural bigram") as bar:
         for step, loss in train(model, x, y, config):
-            if not math.isfinite(loss):
-                raise BadInput(f"the loss is {loss} at step {step}: lower --lr, which is {config.lr:g}")
             bar.update(step, loss=loss, tokens=step * config.batch_size)
-            if step % 50 == 0 or step == 1:
-                log.metrics(step=step, train_loss=loss)
+            if step % 10 == 0:
+                log.metrics(step, train_loss=loss)
     seconds = time.perf_counter() - start
     return result("neural bigram", model, val_x, val_y, config.steps * config.batch_size, seconds)
 
@@ -138,7 +147,8 @@ def summary(counted: list[dict], learned: dict) -> list[dict]:
     return rows
 
 
-def main(argv=None):
+def arguments(argv):
+    """The command line as flags."""
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--words", action="store_true", help="a word list: no context reaches past a line break")
@@ -146,7 +156,11 @@ def main(argv=None):
     parser.add_argument("--name", default="default", help="the run's folder under out/ (default: default)")
     options.add(parser, ModelConfig, skip=("block_size",))
     options.add(parser, TrainConfig)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
     if args.max_order < 2:
         raise BadInput(f"--max-order {args.max_order}: a bigram is the shortest n-gram with a context, use 2 or more")
     config = options.build(TrainConfig, args)
@@ -154,33 +168,32 @@ def main(argv=None):
 
     data = load_data(args.corpus, args.words, config.seed)
     shapes = [
-        options.build(ModelConfig, args, vocab_size=len(data.vocab), block_size=order - 1)
+        options.build(ModelConfig, args, vocab_size=len(data.tokenizer), block_size=order - 1)
         for order in range(1, args.max_order + 1)
     ]
     # One set of examples for every model, so that all are scored on the same characters.
     x, y = windows(data.train, args.max_order - 1)
     val_x, val_y = windows(data.val, args.max_order - 1)
     if args.words:
-        x, val_x = forget(x, data.vocab.index["\n"]), forget(val_x, data.vocab.index["\n"])
-    log = RunLog(__file__, args.name, {**vars(args), "corpus": data.name})
-
-    counted = count_orders(shapes, x, y, val_x, val_y)
-    bigram = NeuralBigram(shapes[1])
-    learned = learn(bigram, x, y, val_x, val_y, config, log)
-    table(f"{data.name}: validation nats/char; on the right, Kneser-Ney in detail", summary(counted, learned))
-    gap = distance(NGram(shapes[1]).fit(x, y), bigram, val_x)
-    say(f"counted against neural bigram: total variation {gap:.3f} (0: alike, 1: disjoint)")
-    results = [*counted, learned]
-    best = min(results, key=lambda r: r["val_loss"])
-    say(f"best: {best['name']}, {best['val_loss']:.4f} nats per character on the validation text")
-    for r in results:
-        r["val_bpb"] = data.bits_per_byte(r["val_loss"])
-    ladder = ("bigram, Kneser-Ney", "trigram, Kneser-Ney", "5-gram, Kneser-Ney", "7-gram, Kneser-Ney", "neural bigram")
-    log.finish(
-        corpus=data.name, seed=config.seed, steps=config.steps,
-        **{key: best[key] for key in ("params", "tokens", "seconds", "val_loss", "val_bpb")},
-        rungs=[r for r in results if r["name"] in ladder], distance=gap,
-    )
+        x, val_x = forget(x, data.tokenizer.index["\n"]), forget(val_x, data.tokenizer.index["\n"])
+    with RunLog(__file__, args.name, {**vars(args), "corpus": data.name}) as log:
+        counted = count_orders(shapes, x, y, val_x, val_y)
+        bigram = NeuralBigram(shapes[1])
+        learned = learn(bigram, x, y, val_x, val_y, config, log)
+        table(f"{data.name}: validation nats/char; on the right, Kneser-Ney in detail", summary(counted, learned))
+        gap = distance(NGram(shapes[1]).fit(x, y), bigram, val_x)
+        say(f"counted against neural bigram: total variation {gap:.3f} (0: alike, 1: disjoint)")
+        results = [*counted, learned]
+        best = min(results, key=lambda r: r["val_loss"])
+        say(f"best: {best['name']}, {best['val_loss']:.4f} nats per character on the validation text")
+        for r in results:
+            r["val_bpb"] = data.bits_per_byte(r["val_loss"])
+        ladder = [f"{order}, Kneser-Ney" for order in ("bigram", "trigram", "5-gram", "7-gram")]
+        log.finish(
+            corpus=data.name, seed=config.seed, steps=config.steps,
+            **{key: best[key] for key in ("params", "tokens", "seconds", "val_loss", "val_bpb")},
+            rungs=[r for r in results if r["name"] in (*ladder, "neural bigram")], distance=gap,
+        )
 
 
 if __name__ == "__main__":

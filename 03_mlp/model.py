@@ -28,7 +28,7 @@ class ModelConfig:
     block_size: int = 8  # characters of context
     n_embd: int = 24  # numbers that describe one character
     n_hidden: int = 512  # units of the hidden layer
-    activation: Literal["tanh", "relu", "gelu", "none"] = "gelu"  # "none" leaves one linear map, however many layers
+    activation: Literal["tanh", "relu", "gelu", "none"] = "relu"  # "none" leaves one linear map, however many layers
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_hidden"):

@@ -1,13 +1,14 @@
-"""Write text with a trained model, one character at a time.
+"""Write text with a trained model, one token at a time.
 
     uv run python train.py && uv run python sample.py
     uv run python sample.py --prompt "ROMEO:" --temperature 0.8 --top-k 10
 """
 
 import argparse
-import io
+import itertools
+import math
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from shared import options
 from shared.console import say
@@ -19,8 +20,7 @@ from shared.runlog import run_folder
 import torch
 import torch.nn.functional as F
 
-from data import Vocabulary
-from model import GPT, ModelConfig
+from checkpoint import load
 
 
 @dataclass
@@ -32,8 +32,8 @@ class SampleConfig:
     top_p: float | None = None  # draw from the fewest likeliest tokens that together have probability p
 
     def __post_init__(self):
-        if not self.temperature >= 0:  # so that nan is refused as well
-            raise BadInput(f"temperature is {self.temperature}: it must be 0 or more")
+        if not 0 <= self.temperature < math.inf:  # so that nan is refused as well
+            raise BadInput(f"temperature is {self.temperature}: it must be 0 or more, and finite")
         if self.top_k is not None and self.top_k < 1:
             raise BadInput(f"top_k is {self.top_k}: it must be at least 1, or none to draw from all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -43,7 +43,8 @@ class SampleConfig:
 def filter_logits(logits, config: SampleConfig):
     """Apply temperature, then top-k, then top-p: scores [..., V] -> [..., V] with -inf for what may not be drawn.
 
-    Of tokens that tie, the one with the lower id counts as the likelier, so exactly k are kept.
+    Worked out in float64: a sum of many small probabilities must still tell on which side of p it lies. Of tokens that
+    tie, the one with the lower id counts as the likelier, so exactly k are kept; p = 1 keeps every token.
     Top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
     """
     # 1. temperature; at 0 the limit, which keeps the likeliest token only
@@ -61,57 +62,60 @@ def filter_logits(logits, config: SampleConfig):
     return torch.empty_like(logits).scatter(-1, order, ranked)  # back from rank order to token order
 
 
-@torch.no_grad()
-def sample(model, context, length: int, config: SampleConfig, generator=None):
-    """Draw `length` tokens, each from the model's distribution given the last block_size before it.
-
-    context [T], T >= 1 -> the new tokens [length].
-    """
-    model.eval()
-    tokens = context
-    for _ in range(length):
-        logits = model(tokens[None, -model.config.block_size:])[0, -1]  # [V]: the last position's answer
-        probs = F.softmax(filter_logits(logits.cpu(), config), dim=-1)
-        token = torch.multinomial(probs, 1, generator=generator)
-        tokens = torch.cat([tokens, token.to(tokens.device)])
-    model.train()
-    return tokens[len(context):]
-
-
-def load(path: Path, device="cpu"):
-    """A checkpoint that `train.py` wrote -> (model, vocabulary).
-
-    Raises BadInput when there is none or it is damaged.
-    """
-    if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}: train first, with uv run python train.py")
-    content = io.BytesIO(path.read_bytes())  # read apart from the rest: what fails from here on is damage
+@contextmanager
+def evaluation(model):
+    """Inside, the model is in evaluation mode: no answer depends on chance or on neighbours. After, it is as found."""
+    training = model.training
     try:
-        state = torch.load(content, map_location=device, weights_only=True)  # weights only: a checkpoint runs no code
-        model = GPT(ModelConfig(**state["config"])).to(device)
-        model.load_state_dict(state["model"])
-        return model, Vocabulary(state["chars"])
-    except Exception as error:  # damage can show anywhere: in the archive, the pickle, the names or the shapes
-        raise BadInput(f"{path} is damaged or from another version ({type(error).__name__}): train again") from None
+        yield model.eval()
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def generate(model, context, config: SampleConfig, generator=None):
+    """Draw tokens without end, each from the model's distribution given the last block_size before it.
+
+    context [B, T], T >= 1: B texts at once. Yields [B], one new token for each text.
+    """
+    tokens = context
+    while True:
+        with evaluation(model):
+            logits = model(tokens[:, -model.config.block_size:])[:, -1]  # [B, V]: the last position's answer
+        probs = F.softmax(filter_logits(logits.cpu(), config), dim=-1)
+        token = torch.multinomial(probs, 1, generator=generator).to(tokens.device)  # [B, 1]
+        tokens = torch.cat([tokens, token], dim=1)
+        yield token[:, 0]
+
+
+def sample(model, context, length: int, config: SampleConfig, generator=None):
+    """The next `length` tokens of each text: context [B, T] -> [B, length]."""
+    steps = generate(model, context, config, generator)
+    return torch.stack(list(itertools.islice(steps, length)), dim=1)
 
 
 def main(argv=None):
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="default", help="the run to load, a folder under out/ (default: default)")
-    parser.add_argument("--prompt", default="", help="text to continue (default: none)")
-    parser.add_argument("--length", type=int, default=500, help="characters to write (default: 500)")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument("--length", type=int, default=500, help="tokens to write (default: 500)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--seed", type=int, default=1337)
     options.add(parser, SampleConfig)
     args = parser.parse_args(argv)
+    if not args.prompt:
+        raise BadInput("--prompt is empty: give it at least one character")
     if args.length < 1:
-        raise BadInput(f"--length {args.length}: write at least 1 character")
+        raise BadInput(f"--length {args.length}: write at least 1 token")
     config = options.build(SampleConfig, args)
-    setup("cpu", args.seed)
+    device = setup(args.device, args.seed)
 
-    model, vocab = load(run_folder(__file__, args.name) / "model.pt")
-    # Token 0, the line break in most texts: as if the text had just begun.
-    context = F.pad(vocab.encode(args.prompt), (1, 0))
-    say(args.prompt + vocab.decode(sample(model, context, args.length, config)))
+    model, tokenizer = load(run_folder(__file__, args.name) / "model.pt", device)
+    ids = torch.tensor([tokenizer.encode(args.prompt)], dtype=torch.long, device=device)
+    say(args.prompt, end="")
+    for token in itertools.islice(generate(model, ids, config), args.length):
+        say(tokenizer.decode(token), end="")
+    say()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Token files on disk, and the examples a model learns from: windows of tokens and the token that follows each.
+"""A text as tokens, split in two, and the examples a model learns from: windows and the token that follows each.
 
-A file of tokens is read through a memory map: only the pages that a batch touches are loaded, and only the encoding
-needs the whole text in memory. Documents are separated by `<|endoftext|>` in the text and by one special token in the
-file.
+The tokens stand in a file, of which a memory map loads only the pages that a batch touches. Documents are separated by
+`<|endoftext|>` in the text and by one special token in the file.
 """
 
 import itertools
@@ -33,24 +32,25 @@ def split(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def write_tokens(path: Path, text: str, tokenizer):
-    """Write the tokens of `text` to `path`, two bytes each, one special token after each document but the last.
+def encode(text: str, tokenizer) -> torch.Tensor:
+    """The tokens of `text` -> [N], uint16, one special token after each document but the last.
 
-    The file appears whole or not at all. Raises BadInput for documents when the tokenizer has no special token.
+    Raises BadInput for documents when the tokenizer has no special token.
     """
     ids = []
     for i, document in enumerate(text.split(END)):
         if i:
-            if tokenizer.end is None:
+            if END not in tokenizer.special:
                 raise BadInput(f"the text holds {END}, but its tokenizer was made without: train a new one")
-            ids.append(tokenizer.end)
+            ids.append(tokenizer.special[END])
         ids.extend(tokenizer.encode(document))
+    return torch.from_numpy(np.array(ids, dtype=np.uint16))
+
+
+def in_file(path: Path, data: torch.Tensor) -> torch.Tensor:
+    """The tokens `data` [N], written to `path`, two bytes each, and read from there as they are needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, np.array(ids, dtype=np.uint16).tobytes())
-
-
-def read_tokens(path: Path) -> torch.Tensor:
-    """The token file at `path`, memory-mapped -> [N], uint16."""
+    write(path, data.numpy().tobytes())
     return torch.from_numpy(np.memmap(path, dtype=np.uint16, mode="c"))  # "c": torch wants it writable, the file is not
 
 
@@ -70,23 +70,22 @@ def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, sta
     """Minibatches without end: each pass over the text draws every window once, in a new order.
 
     Yields x, y [batch_size, block_size]; the few windows that fill no whole batch are left out of the pass. Drawing
-    windows independently would show some three times before others once. Each pass has a generator of its own, so that
-    a run can go on at batch `start` as if it had never stopped. Raises BadInput when the text does not fill one batch.
+    windows independently would show some three times before others once. Raises BadInput when the text does not fill
+    one batch. Each pass has a generator of its own, so that a run goes on at batch `start` as if it had never stopped.
     """
     per_pass = (len(data) - block_size) // block_size // batch_size  # whole batches, wherever the windows begin
     if per_pass < 1:
         raise BadInput(f"{len(data)} tokens do not fill a batch of {batch_size} windows of {block_size}: "
                        "use a longer text, a smaller batch_size or a smaller block_size")
-    for batch in itertools.count(start):
-        turn, place = divmod(batch, per_pass)
-        if place == 0 or batch == start:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % 2**63)
-            # Cut at other places in each pass, so that every token is sometimes early in its window and sometimes late.
-            offset = torch.randint(block_size, (1,), generator=generator).item()
-            x, y = windows(data[offset:], block_size)
-            order = torch.randperm(len(x), generator=generator)
-        rows = order[place * batch_size:(place + 1) * batch_size]
-        yield x[rows].long(), y[rows].long()
+    for turn in itertools.count(start // per_pass):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % 2**63)
+        # Cut at other places in each pass, so that every token is sometimes early in its window and sometimes late.
+        offset = torch.randint(block_size, (1,), generator=generator).item()
+        x, y = windows(data[offset:], block_size)
+        order = torch.randperm(len(x), generator=generator)
+        for place in range(start % per_pass if turn == start // per_pass else 0, per_pass):
+            rows = order[place * batch_size:(place + 1) * batch_size]
+            yield x[rows].long(), y[rows].long()
 
 
 @dataclass
@@ -109,8 +108,8 @@ class Dataset:
         return nats_per_char / math.log(2) / self.bytes_per_char
 
 
-def load_data(name: str | None, folder: Path, kind: str = "char", vocab_size: int = 1024, tokenizer=None) -> Dataset:
-    """The corpus called `name`, split, encoded and written to train.bin and val.bin in `folder`.
+def load_data(name: str | None = None, kind: str = "char", vocab_size: int = 1024, tokenizer=None) -> Dataset:
+    """The corpus called `name`, split and encoded.
 
     The tokenizer is learned from the training text, or given. Characters are the exception: a character that only the
     validation text has must have an id as well. Raises BadInput for a text that leaves nothing on one side.
@@ -121,11 +120,9 @@ def load_data(name: str | None, folder: Path, kind: str = "char", vocab_size: in
     if not (train and plain):
         raise BadInput(f"a text of {len(source.text)} characters cannot be split: use a longer text")
     tokenizer = tokenizer or train_tokenizer(kind, source.text if kind == "char" else train, vocab_size)
-    write_tokens(folder / "train.bin", train, tokenizer)
-    write_tokens(folder / "val.bin", val, tokenizer)
-    train_ids, val_ids = read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
+    train_ids, val_ids = encode(train, tokenizer), encode(val, tokenizer)
     # The first token is never predicted, so its characters are not counted either.
-    predicted = len(plain) - len(tokenizer.decode(val_ids[:1].tolist()).replace(END, ""))
+    predicted = len(plain) - len(tokenizer.decode(val_ids[:1]).replace(END, ""))
     return Dataset(
         source.name, tokenizer, train_ids, val_ids,
         tokens_per_char=(len(val_ids) - 1) / max(predicted, 1), bytes_per_char=len(plain.encode("utf-8")) / len(plain),

@@ -2,10 +2,10 @@
 
 Unlike the plain transformer before it:
 
-- weights start as in GPT-2: normals of one size, and smaller ones where they feed the residual stream;
+- weights start smaller where they feed the residual stream, which sums all of them;
 - the token embedding is also the output layer (weight tying);
 - dropout, for runs long enough to learn the text by heart;
-- queries, keys and values come from one fused product, and attention takes the fast path of the device it runs on.
+- GELU in place of ReLU, and attention takes the fast path of the device it runs on.
 
 Shapes: B sequences in a batch, T positions, C = n_embd channels, H heads of D = C / H channels, V tokens.
 """
@@ -30,7 +30,6 @@ class ModelConfig:
     n_head: int = 2  # attention heads, each on its own n_embd / n_head channels; few wide ones are faster on a CPU
     n_layer: int = 4  # blocks: each one attends once and thinks once
     dropout: float = 0.0  # share of activations zeroed in training; pays once the text is read many times over
-    init_std: float | None = None  # spread of the first weights; none: 1 / sqrt(n_embd)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
@@ -41,10 +40,6 @@ class ModelConfig:
                            "choose an n_head that divides n_embd")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        if self.init_std is None:
-            self.init_std = self.n_embd**-0.5
-        if not self.init_std > 0:
-            raise BadInput(f"init_std is {self.init_std}: it must be above 0, or every unit learns the same")
 
 
 class LayerNorm(nn.Module):
@@ -64,6 +59,16 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # the same formula in one kernel
 
 
+def variance_scaling_(layer: nn.Linear, gain: float = 1.0):
+    """Start `layer` so that its output has gain^2 times its input's variance: weights ~ N(0, gain^2 / fan_in), bias 0.
+
+    A sum of fan_in terms has fan_in times the variance of one. With the wrong scale the signal grows or shrinks by the
+    same factor in every layer. Glorot & Bengio (2010); He et al. (2015).
+    """
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
+    nn.init.zeros_(layer.bias)
+
+
 def attention_weights(q, k):
     """How much each position attends to each: softmax(q k^T / sqrt(D)) over the past, [..., T, D] x 2 -> [..., T, T].
 
@@ -76,15 +81,16 @@ def attention_weights(q, k):
     return F.softmax(scores.masked_fill(future, -math.inf), dim=-1)
 
 
-def attention(q, k, v):
+def attention(q, k, v, dropout: float = 0.0):
     """Each position's average of the values, weighted by how well its query fits their keys: [..., T, D] x 3 -> same.
 
-    Vaswani et al., "Attention Is All You Need" (2017), equation 1, with the causal mask. On a GPU one fused kernel does
-    it without ever storing the T x T weights; on a CPU, in bfloat16 and at this length, two plain products are faster.
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1, with the causal mask.
+    On a GPU one fused kernel does it and never stores the T x T weights; on a CPU two plain bfloat16 products are
+    faster at this length.
     """
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return attention_weights(q, k) @ v
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return F.dropout(attention_weights(q, k), dropout) @ v
 
 
 class CausalSelfAttention(nn.Module):
@@ -95,21 +101,27 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one product
+        self.head_dim = config.n_embd // config.n_head
+        self.query = nn.Linear(config.n_embd, config.n_embd)  # what a position looks for
+        self.key = nn.Linear(config.n_embd, config.n_embd)  # what it can be found by
+        self.value = nn.Linear(config.n_embd, config.n_embd)  # what it hands over when found
         self.proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads brought
         self.dropout = nn.Dropout(config.dropout)
+        for layer in (self.query, self.key, self.value):
+            variance_scaling_(layer)
+        # The stream sums 2 * n_layer of these outputs: shrunk like this, the sum keeps its size at any depth.
+        variance_scaling_(self.proj, gain=1 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
-        q, k, v = (self.split(part) for part in self.qkv(x).chunk(3, dim=-1))  # each [B, H, T, D]
-        return self.dropout(self.proj(self.merge(attention(q, k, v))))
+        q, k, v = (self.split_heads(layer(x)) for layer in (self.query, self.key, self.value))  # each [B, H, T, D]
+        heads = attention(q, k, v, self.dropout.p if self.training else 0.0)
+        return self.dropout(self.proj(self.merge_heads(heads)))
 
-    def split(self, x):
+    def split_heads(self, x):
         """[B, T, C] -> [B, H, T, D]. The heads become part of the batch, so one matrix product serves them all."""
-        B, T, C = x.shape
-        return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def merge(self, x):
+    def merge_heads(self, x):
         """[B, H, T, D] -> [B, T, C], the heads side by side. Without the transpose, positions would be mixed up."""
         return x.transpose(1, 2).flatten(2)
 
@@ -117,7 +129,8 @@ class CausalSelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C].
 
-    GELU is x times the chance that a standard normal is below x: a ReLU with a soft corner. Hendrycks & Gimpel (2016).
+    GELU is x times the chance that a standard normal is below x: a ReLU with a soft corner (Hendrycks & Gimpel 2016).
+    GPT-2 works it out with tanh, which is off by less than 0.001.
     """
 
     def __init__(self, config: ModelConfig):
@@ -125,13 +138,19 @@ class FeedForward(nn.Module):
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
+        variance_scaling_(self.fc)
+        variance_scaling_(self.proj, gain=math.sqrt(2) / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
-        return self.dropout(self.proj(F.gelu(self.fc(x))))
+        return self.dropout(self.proj(F.gelu(self.fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
-    """Attend, then think; both as additions to what came in: [B, T, C] -> [B, T, C]."""
+    """Attend, then think; both as additions to what came in: [B, T, C] -> [B, T, C].
+
+    Each norm stands inside its branch ("pre-norm"), so that a straight path is left from input to output.
+    Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -156,23 +175,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.pos_emb = nn.Parameter(torch.zeros(config.block_size, config.n_embd))  # [T, C]
+        self.pos_emb = nn.Parameter(torch.randn(config.block_size, config.n_embd) * config.n_embd**-0.5)  # [T, C]
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.tok_emb.weight  # tokens that are used alike get vectors and scores alike
-        self.init_weights()
-
-    def init_weights(self):
-        """Matrices ~ N(0, init_std^2), smaller ones where they feed the residual stream; biases 0, norms' scales 1."""
-        for name, p in self.named_parameters():
-            if p.ndim >= 2:
-                # The stream sums 2 * n_layer of these outputs: shrunk like this, the sum keeps its size at any depth.
-                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith("proj.weight") else 1
-                nn.init.normal_(p, std=self.config.init_std / shrink)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        nn.init.normal_(self.tok_emb.weight, std=config.n_embd**-0.5)
+        # Small scores at the start: every character is about equally likely and the loss starts at ln V. Large random
+        # scores are confident mistakes, which the first steps would have to unlearn.
+        nn.init.constant_(self.norm.weight, 0.1)
 
     def forward(self, idx):
         T = idx.shape[1]

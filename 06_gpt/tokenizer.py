@@ -1,6 +1,5 @@
 """Text to integers, three ways: characters, bytes, and byte pairs learned from a text (BPE).
 
-All three encode and decode, know their special token if they have one, and can be written down as plain data.
 A byte tokenizer is a byte-pair tokenizer that has learned nothing yet.
 """
 
@@ -13,7 +12,7 @@ from shared.errors import BadInput
 import regex
 import tiktoken
 
-END = "<|endoftext|>"  # stands between documents; one special token, never the result of encoding ordinary text
+END = "<|endoftext|>"  # the special token between documents, never the result of encoding ordinary text
 
 # Pieces that merges never cross: contractions, a word with the space before it, digits, punctuation, runs of spaces.
 # The pattern of GPT-2 (Radford et al. 2019): without it "dog.", "dog!" and "dog?" would each take a place.
@@ -21,18 +20,19 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 
 class CharTokenizer:
-    """The characters of a text, numbered in sorted order; the special token comes last, if there is one.
+    """The distinct characters of a text, numbered in sorted order; after them the special tokens.
 
-    CharTokenizer("ehlo").encode("hole") == [1, 3, 2, 0].
+    CharTokenizer("hello").chars == "ehlo", so "hole" encodes to [1, 3, 2, 0].
     """
 
-    def __init__(self, chars: str, special: bool = False):
-        self.chars = chars
-        self.index = {char: i for i, char in enumerate(chars)}
-        self.end = len(chars) if special else None
+    def __init__(self, text: str, special: tuple[str, ...] = ()):
+        self.chars = "".join(sorted(set(text)))
+        self.index = {char: i for i, char in enumerate(self.chars)}
+        self.special = {name: i for i, name in enumerate(special, len(self.chars))}
+        self.texts = [*self.chars, *self.special]
 
     def __len__(self):
-        return len(self.chars) + (self.end is not None)
+        return len(self.chars) + len(self.special)
 
     def encode(self, text: str) -> list[int]:
         """Text of N characters -> N token ids. Raises BadInput for a character that is not in the vocabulary."""
@@ -41,32 +41,29 @@ class CharTokenizer:
         except KeyError as error:
             raise BadInput(f"character {error.args[0]!r} is not among the {len(self)} known: {self.chars!r}") from None
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join(END if i == self.end else self.chars[i] for i in ids)
+    def decode(self, ids) -> str:
+        """Token ids, a list or a tensor [N] -> text."""
+        return "".join(self.texts[i] for i in ids)
 
     def state(self) -> dict:
         """All that `from_state` needs, as plain data."""
-        return {"kind": "char", "chars": self.chars, "special": self.end is not None}
+        return {"kind": "char", "text": self.chars, "special": tuple(self.special)}
 
 
 class BPETokenizer:
     """Byte-level byte-pair encoding. Sennrich, Haddow & Birch (2016); on bytes: Radford et al. (2019).
 
-    `tokens` are the byte strings of the vocabulary in the order they were learned, the 256 single bytes first. A
-    token's place is its id and its rank: encoding merges, again and again, the neighbours whose joined bytes rank
-    lowest. The special token comes last. Any text can be encoded, in any language, since any text is bytes.
+    `ranks` gives each byte string of the vocabulary its id, lower for those that were learned earlier: encoding merges,
+    again and again, the neighbours whose joined bytes rank lowest. `special` tokens have ids of their own. Any text can
+    be encoded, in any language, since any text is bytes.
     """
 
-    def __init__(self, tokens: list[bytes]):
-        self.tokens = tokens
-        self.ranks = {token: rank for rank, token in enumerate(tokens)}
-        self.end = len(tokens)
-        self.fast = tiktoken.Encoding(
-            "bpe", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={END: self.end}
-        )
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str = PATTERN):
+        self.ranks, self.special, self.pattern = ranks, special, pattern
+        self.fast = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def __len__(self):
-        return len(self.tokens) + 1
+        return len(self.ranks) + len(self.special)
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids, by tiktoken's encoder (compiled, the same answer as `encode_slowly`)."""
@@ -75,25 +72,25 @@ class BPETokenizer:
     def encode_slowly(self, text: str) -> list[int]:
         """The same in plain Python. The traps: merge by rank, not from left to right, and never across pieces."""
         ids = []
-        for piece in regex.findall(PATTERN, text):
+        for piece in regex.findall(self.pattern, text):
             parts = [bytes([byte]) for byte in piece.encode("utf-8")]
             while len(parts) > 1:
-                ranks = [self.ranks.get(a + b, len(self.tokens)) for a, b in pairwise(parts)]
+                ranks = [self.ranks.get(a + b, float("inf")) for a, b in pairwise(parts)]
                 best = min(ranks)
-                if best == len(self.tokens):  # no two neighbours form a token
+                if best == float("inf"):  # no two neighbours form a token
                     break
                 i = ranks.index(best)
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
             ids.extend(self.ranks[part] for part in parts)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Token ids -> text. Bytes that are no UTF-8 (a cut character, a young model) become U+FFFD."""
-        return self.fast.decode(ids)
+    def decode(self, ids) -> str:
+        """Token ids, a list or a tensor [N] -> text. Bytes that are no UTF-8 (a young model) become U+FFFD."""
+        return self.fast.decode([int(i) for i in ids])
 
     def state(self) -> dict:
         """All that `from_state` needs, as plain data."""
-        return {"kind": "bpe", "tokens": [token.hex() for token in self.tokens]}
+        return {"kind": "bpe", "ranks": self.ranks, "special": self.special, "pattern": self.pattern}
 
 
 def merge(piece: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -109,14 +106,29 @@ def merge(piece: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-def learn_tokens(text: str, n_tokens: int) -> list[bytes]:
+def learn_tokens_slowly(text: str, n_tokens: int, pattern: str = PATTERN) -> list[bytes]:
     """Byte-pair training: start from the 256 bytes and join the most frequent pair of neighbours until there are
     `n_tokens`, or until every piece is one token. Of pairs that tie, the one with the lower ids is joined first.
-
-    Recounting the text for every merge takes minutes. Three ideas make it a second: count each distinct piece once and
-    weigh it, remember which pieces hold a pair, and keep the pairs in a heap that is corrected only where it is read.
     """
-    words = Counter(piece for document in text.split(END) for piece in regex.findall(PATTERN, document))
+    pieces = [list(piece.encode("utf-8")) for document in text.split(END) for piece in regex.findall(pattern, document)]
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < n_tokens:
+        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
+        if not counts:
+            break
+        pair = min(counts.items(), key=lambda item: (-item[1], item[0]))[0]
+        pieces = [merge(piece, pair, len(tokens)) for piece in pieces]
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return tokens
+
+
+def learn_tokens(text: str, n_tokens: int, pattern: str = PATTERN) -> list[bytes]:
+    """The same tokens in a second where recounting the text for every merge takes minutes.
+
+    Three ideas: count each distinct piece once and weigh it, remember which pieces hold a pair, and keep the pairs in a
+    heap that is corrected only where it is read.
+    """
+    words = Counter(piece for document in text.split(END) for piece in regex.findall(pattern, document))
     pieces, weights = [list(word.encode("utf-8")) for word in words], list(words.values())
     counts, where = Counter(), defaultdict(set)
     for i, piece in enumerate(pieces):
@@ -157,19 +169,16 @@ def train_tokenizer(kind: str, text: str, vocab_size: int):
     Raises BadInput for another kind, or a vocabulary that does not hold the 256 bytes or not fit into 16 bits.
     """
     if kind == "char":
-        chars = "".join(sorted(set(text.replace(END, ""))))
-        return CharTokenizer(chars, special=END in text)
-    if kind == "byte":
-        return BPETokenizer(learn_tokens("", 256))
-    if kind != "bpe":
+        return CharTokenizer(text.replace(END, ""), special=(END,) if END in text else ())
+    if kind not in ("byte", "bpe"):
         raise BadInput(f"tokenizer {kind!r}: choose char, byte or bpe")
-    if not 257 <= vocab_size <= 2**16:
+    if kind == "bpe" and not 257 <= vocab_size <= 2**16:
         raise BadInput(f"vocab_size {vocab_size}: bpe needs the 256 bytes and {END}, and ids of 16 bits: 257 to 65536")
-    return BPETokenizer(learn_tokens(text, vocab_size - 1))
+    tokens = learn_tokens(text, 256 if kind == "byte" else vocab_size - 1)
+    return BPETokenizer({token: i for i, token in enumerate(tokens)}, special={END: len(tokens)})
 
 
 def from_state(state: dict):
     """The tokenizer that `state()` described."""
-    if state["kind"] == "char":
-        return CharTokenizer(state["chars"], state["special"])
-    return BPETokenizer([bytes.fromhex(token) for token in state["tokens"]])
+    kind = {"char": CharTokenizer, "bpe": BPETokenizer}[state["kind"]]
+    return kind(**{name: value for name, value in state.items() if name != "kind"})

@@ -54,10 +54,10 @@ def seen(model: NGram, x) -> float:
     return (look_up(model.contexts, model.totals, contexts) > 0).double().mean().item()
 
 
-def draw_bigrams(models: dict[str, NGram | NeuralBigram], vocab, shown) -> Figure:
+def draw_bigrams(models: dict[str, NGram | NeuralBigram], tokenizer, shown) -> Figure:
     """P(next | this) of each model side by side, for the characters `shown` [K]: one row for each context."""
     figure = Figure(figsize=(5.5 * len(models), 5.8), layout="constrained")
-    names = [{"\n": "\\n", " ": "_"}.get(char, char) for char in vocab.decode(shown)]
+    names = [{"\n": "\\n", " ": "_"}.get(char, char) for char in tokenizer.decode(shown)]
     for ax, (name, model) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         image = ax.imshow(model.probs(shown[:, None])[:, shown].detach().numpy(), cmap="magma_r", vmin=0, vmax=0.6)
         ax.set(title=name, xlabel="next character", ylabel="this character")
@@ -91,11 +91,11 @@ def main(argv=None):
     config = options.build(Config, parser.parse_args(argv))
     setup("cpu", config.seed)
     data = load_data(config.corpus, config.words, config.seed)
-    shapes = [ModelConfig(vocab_size=len(data.vocab), block_size=n) for n in range(config.max_order)]
+    shapes = [ModelConfig(vocab_size=len(data.tokenizer), block_size=n) for n in range(config.max_order)]
     x, y = windows(data.train, config.max_order - 1)
     val_x, val_y = windows(data.val, config.max_order - 1)
     if config.words:
-        x, val_x = forget(x, data.vocab.index["\n"]), forget(val_x, data.vocab.index["\n"])
+        x, val_x = forget(x, data.tokenizer.index["\n"]), forget(val_x, data.tokenizer.index["\n"])
     log = RunLog(__file__, config.name, {**vars(config), "corpus": data.name})
 
     rows = []
@@ -121,9 +121,9 @@ def main(argv=None):
             bar.update(step, loss=value)
     counted = NGram(shapes[1]).fit(x, y)
     gap = distance(counted, bigram, val_x)
-    often = torch.bincount(data.train, minlength=len(data.vocab)).argsort(descending=True, stable=True)
+    often = torch.bincount(data.train, minlength=len(data.tokenizer)).argsort(descending=True, stable=True)
     shown = often[:config.shown].sort().values
-    figure = draw_bigrams({"counted": counted, "learned by gradient descent": bigram}, data.vocab, shown)
+    figure = draw_bigrams({"counted": counted, "learned by gradient descent": bigram}, data.tokenizer, shown)
     log.figure(figure, "bigram")
     log.finish(orders=rows, distance=gap)
     say(f"counted against learned bigram: total variation {gap:.3f}; figures in {log.folder}")

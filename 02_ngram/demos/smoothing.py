@@ -96,7 +96,8 @@ def main(argv=None):
     config = options.build(Config, parser.parse_args(argv))
     setup("cpu")
     data = load_data(config.corpus)
-    shapes = [ModelConfig(vocab_size=len(data.vocab), block_size=order - 1) for order in range(2, config.max_order + 1)]
+    V, longest = len(data.tokenizer), config.max_order - 1
+    shapes = [ModelConfig(vocab_size=V, block_size=length) for length in range(1, longest + 1)]
     x, y = windows(data.train, config.max_order - 1)
     val_x, val_y = windows(data.val, config.max_order - 1)
     log = RunLog(__file__, config.name, {**vars(config), "corpus": data.name})

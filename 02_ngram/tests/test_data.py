@@ -1,4 +1,4 @@
-"""Checkpoints of the data: characters to integers and back, an honest split, every window once, words kept apart."""
+"""Checkpoints of the data: an honest split, every window once, words kept apart."""
 
 import math
 from collections import Counter
@@ -9,33 +9,11 @@ from shared.errors import BadInput
 import pytest
 import torch
 
-from data import Dataset, Vocabulary, forget, load_data, shuffle_lines, split, windows
+from data import Dataset, forget, load_data, shuffle_lines, split, windows
+from tokenizer import CharTokenizer
 
 COUNT = torch.arange(23)  # a text in which every token says where it stands
 WORDS = ["ann", "bo", "cid", "dan", "eva", "flo", "a", "gus", "hal", "anna", "ida", "joe", "kit", "bob", "leo", "max"]
-
-
-def test_the_vocabulary_numbers_characters_in_order():
-    """A vocabulary holds each character of the text once, sorted, and numbers it from 0."""
-    vocab = Vocabulary("hello")
-    assert vocab.chars == "ehlo" and len(vocab) == 4, "the distinct characters, sorted"
-    assert vocab.encode("hole").tolist() == [1, 3, 2, 0], "a character's id is its place among the sorted characters"
-    assert vocab.encode("").tolist() == [] and vocab.encode("").dtype == torch.long, "no text, no ids"
-    assert Vocabulary("ooh, hello").chars == " ,ehlo", "order does not depend on where a character occurs first"
-
-
-def test_decode_undoes_encode():
-    """Decoding what was encoded gives the text back, characters beyond ASCII included."""
-    text = "Wörter,\n\tmots & 言葉 🙂 words"
-    vocab = Vocabulary(text)
-    assert vocab.decode(vocab.encode(text)) == text, "encode and decode must be each other's inverse"
-    assert vocab.decode(vocab.encode(text).tolist()) == text, "a list of ids serves as well as a tensor"
-
-
-def test_an_unknown_character_is_refused():
-    """A character that the vocabulary lacks is refused by name, not replaced in silence."""
-    with pytest.raises(BadInput, match="'x' is not among the 4 known"):
-        Vocabulary("hello").encode("helxo")
 
 
 def test_the_split_is_by_position():
@@ -73,7 +51,7 @@ def test_no_window_reaches_across_the_split(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("a" * 180 + "b" * 20, encoding="utf-8")
     data = load_data(str(file))
-    a, b = data.vocab.encode("ab").tolist()
+    a, b = data.tokenizer.encode("ab")
     x, y = windows(data.train, 5)
     assert len(y) == 175 and set(x.flatten().tolist()) == set(y.tolist()) == {a}, "validation text leaks into training"
     x, y = windows(data.val, 5)
@@ -82,10 +60,10 @@ def test_no_window_reaches_across_the_split(tmp_path):
 
 def test_bits_per_byte():
     """Bits per byte is the loss divided by ln 2 and by the bytes per character, so accents make no text harder."""
-    data = Dataset("", Vocabulary("ab"), COUNT, COUNT, bytes_per_char=1.0)
+    data = Dataset("", CharTokenizer("ab"), COUNT, COUNT, bytes_per_char=1.0)
     assert data.bits_per_byte(math.log(2)) == pytest.approx(1.0), "ln 2 nats are one bit"
     assert data.bits_per_byte(1.5) == pytest.approx(2.164042561), "1.5 nats / 0.693147181"
-    wide = Dataset("", Vocabulary("ab"), COUNT, COUNT, bytes_per_char=2.0)
+    wide = Dataset("", CharTokenizer("ab"), COUNT, COUNT, bytes_per_char=2.0)
     assert wide.bits_per_byte(1.5) == pytest.approx(1.082021281), "one character in two bytes: half the bits on each"
 
 
@@ -94,8 +72,8 @@ def test_load_data_counts_bytes_of_the_validation_text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("a" * 90 + "äöü" * 2 + "bbbb", encoding="utf-8")
     data = load_data(str(file))
-    assert data.vocab.chars == "abäöü", "one vocabulary for both sides, or the same id would mean two characters"
-    assert data.vocab.decode(data.train) + data.vocab.decode(data.val) == "a" * 90 + "äöü" * 2 + "bbbb"
+    assert data.tokenizer.chars == "abäöü", "one tokenizer for both sides, or the same id would mean two characters"
+    assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == "a" * 90 + "äöü" * 2 + "bbbb"
     assert data.bytes_per_char == pytest.approx(16 / 10), "six letters of two bytes and four of one, in ten characters"
 
 
@@ -139,15 +117,15 @@ def test_contexts_never_cross_a_word(block_size, tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("\n".join(WORDS), encoding="utf-8")
     data = load_data(str(file), words=True, seed=5)
-    text = data.vocab.decode(data.train)
+    text = data.tokenizer.decode(data.train)
     x, y = windows(data.train, block_size)
-    x = forget(x, data.vocab.index["\n"])
+    x = forget(x, data.tokenizer.index["\n"])
     expected = []
     for end in range(block_size, len(text)):
         word = text[:end].rpartition("\n")[2] if "\n" in text[end - block_size:end] else text[end - block_size:end]
         expected.append((word[-block_size:].rjust(block_size, "\n"), text[end]))
-    decode = data.vocab.decode
-    found = [(decode(context), decode(target[None])) for context, target in zip(x, y, strict=True)]
+    decode = data.tokenizer.decode
+    found = [(decode(context), decode([target])) for context, target in zip(x, y, strict=True)]
     assert found == expected, "a context holds letters of the word before, or lost some of its own"
 
 
@@ -157,7 +135,7 @@ def test_bigrams_of_a_word_list_match_a_counter(tmp_path):
     file.write_text("\n".join(WORDS), encoding="utf-8")
     data = load_data(str(file), words=True)
     x, y = windows(torch.cat([data.train, data.val]), 1)
-    befores, afters = (data.vocab.decode(ids.flatten()).replace("\n", ".") for ids in (x, y))
+    befores, afters = (data.tokenizer.decode(ids.flatten()).replace("\n", ".") for ids in (x, y))
     pairs = Counter(zip(befores, afters, strict=True))
     padded = ["." + word + "." for word in WORDS]
     assert pairs == Counter(pair for word in padded for pair in pairwise(word)), "a word lost its begin or its end"

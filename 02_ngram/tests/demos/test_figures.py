@@ -8,9 +8,9 @@ from shared.errors import BadInput
 import pytest
 import torch
 
-from data import Vocabulary
 from demos import figures
 from model import ModelConfig, NGram
+from tokenizer import CharTokenizer
 
 
 def test_the_share_of_contexts_seen():
@@ -26,7 +26,7 @@ def test_the_picture_of_a_bigram_has_a_row_per_context():
     """In the picture a row is a context and its colours are the probabilities of what comes next."""
     model = NGram(ModelConfig(vocab_size=3, block_size=1, add_k=1e-9))
     model.fit(torch.tensor([[0], [0], [1], [2]]), torch.tensor([1, 2, 2, 2]))
-    ax = figures.draw_bigrams({"counted": model}, Vocabulary("abc"), torch.tensor([0, 2])).axes[0]
+    ax = figures.draw_bigrams({"counted": model}, CharTokenizer("abc"), torch.tensor([0, 2])).axes[0]
     drawn = ax.images[0].get_array().flatten().tolist()
     assert drawn == pytest.approx([0, 0.5, 0, 1], abs=1e-6), "rows and columns swapped, or another character's"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "c"]

@@ -28,9 +28,9 @@ if hasattr(sys.stdout, "reconfigure"):
     sys.stdout.reconfigure(errors="replace")
 
 
-def say(text: str = "") -> None:
-    """Print one line as it is: no markup, no wrapping. Fine while a progress line is live."""
-    console.print(text, markup=False, emoji=False, soft_wrap=True)
+def say(text: str = "", end: str = "\n") -> None:
+    """Print one line, or with `end=""` a part of it, as it is: no markup, no wrapping. Fine beside a progress line."""
+    console.print(text, markup=False, emoji=False, soft_wrap=True, end=end)
 
 
 def number(value) -> str:

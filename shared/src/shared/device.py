@@ -1,22 +1,32 @@
 """Where the numbers are computed, from which seed, and with which memory settings."""
 
+import atexit
 import ctypes
+import os
 import random
 
 from shared.errors import BadInput
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 def setup(device: str = "auto", seed: int = 1337) -> torch.device:
     """Choose the device, seed `random`, numpy and torch, tune the allocator; call it once, before anything is made.
 
     `auto` is CUDA where there is one, else the CPU. Apple's `mps` has to be asked for, because its numbers differ.
+    Started by `torchrun`, the process meets the others, and takes the GPU that is its own.
     Threads stay as torch sets them: one per core, or OMP_NUM_THREADS, which `torchrun` sets too.
     Raises BadInput for a device that is unknown or not there, and for a seed of more than 64 bits.
     """
     chosen = choose(device)
+    if processes()[1] > 1 and not dist.is_initialized():
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     if abs(seed) >= 2**63:
         raise BadInput(f"seed {seed} does not fit into 64 bits: use a smaller number")
     random.seed(seed)
@@ -25,6 +35,11 @@ def setup(device: str = "auto", seed: int = 1337) -> torch.device:
     if chosen.type == "cpu":
         keep_memory()
     return chosen
+
+
+def processes() -> tuple[int, int]:
+    """The rank of this process and how many run together: (0, 1) unless `torchrun` started it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose(device: str) -> torch.device:

@@ -98,6 +98,28 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None, preset
     return parser.parse_args(argv)
 
 
+def given(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
+    """The flags that the command line names, without the defaults of the others."""
+    unset = object()
+    blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
+
+
+def resume(parser: argparse.ArgumentParser, argv: list[str] | None, saved: dict, free: tuple[str, ...]):
+    """The flags `saved` of an earlier run, of which those in `free` may be given anew.
+
+    Raises BadInput for another flag whose value differs.
+    """
+    own = ("name", "resume")
+    fixed = saved.keys() - {*free, *own}
+    other = [name for name, value in given(parser, argv).items() if name in fixed and value != saved[name]]
+    if other:
+        flags, may = (", ".join("--" + name.replace("_", "-") for name in names) for names in (other, free))
+        raise BadInput(f"{flags}: a resumed run keeps its own, only {may} may be given anew")
+    parser.set_defaults(**{name: value for name, value in saved.items() if name not in own})
+    return parser.parse_args(argv)
+
+
 def build(Config, args: argparse.Namespace, **more):
     """A `Config` from the parsed flags that are its fields, and `more`, which wins."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}

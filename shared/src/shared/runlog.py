@@ -7,12 +7,12 @@ Under `torchrun` only rank 0 writes.
 import dataclasses
 import io
 import json
-import math
 import os
 import re
 import time
 from pathlib import Path
 
+from shared import boards
 from shared.atomic import write
 from shared.errors import BadInput
 
@@ -37,45 +37,76 @@ def stage_folder(script: str | Path) -> Path:
 
 
 class RunLog:
-    """One run of one script.
+    """One run of one script: `with RunLog(__file__, "tiny", vars(args)) as log`.
 
-    `config.json` is written at once; `metrics()` adds lines to `metrics.jsonl`; `finish()` writes `summary.json`.
-    A new run of the same name starts a new `metrics.jsonl` unless `resume`; the summary and the figures of an earlier
-    run stay until this one replaces them. STAGES_OUT, when set, takes the place of the stage's `out` folder.
-    Raises BadInput for a name that is no plain folder name and for a folder that cannot be written to.
+    A new run takes the place of an earlier one of its name only when it has something to show: `keep()`, called with
+    the first checkpoint, or `finish()` write `config.json` and the metrics so far. A run that is refused or stopped
+    before leaves the earlier one as it is, and Ctrl-C then says so. A run that resumes after step `resume` goes on with
+    the metrics up to there.
+    `board` shows the metrics elsewhere too: "tensorboard" or "wandb". STAGES_OUT, when set, takes the place of the
+    stage's `out` folder. Raises BadInput for a name that is no plain folder name and for a folder that cannot be
+    written to.
     """
 
-    def __init__(self, script: str | Path, name: str = "default", config: dict | None = None, resume: bool = False):
+    def __init__(
+        self, script: str | Path, name: str = "default", config: dict | None = None, resume: int = 0,
+        board: str | None = None,
+    ):  # fmt: skip
         stage = stage_folder(script)
         self.stage, self.script = stage.name, Path(script).resolve().relative_to(stage).as_posix()
         self.folder = run_folder(script, name)
         self.config = json.loads(dumps(config or {}))
         self.begin = time.perf_counter()
         self.writes = os.environ.get("RANK", "0") == "0"
+        self.rows, self.kept = [], resume > 0
         if not self.writes:
+            self.board = None
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / "config.json", dumps(self.config, indent=2) + "\n")
-            (self.folder / "metrics.jsonl").open("a" if resume else "w", encoding="utf-8").close()
-            self.rewind(math.inf)  # half a line, left by a crash, would spoil the next one
+            if resume:
+                self.rewind(resume)
         except OSError as error:
             remedy = "choose another name or STAGES_OUT"
             raise BadInput(f"cannot write to {self.folder} ({error.strerror}): {remedy}") from None
+        self.board = boards.start(board, self.folder, self.stage, self.config)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.board:
+            self.board.close()
+        if kind is KeyboardInterrupt and not self.kept:
+            raise KeyboardInterrupt(f"stopped: nothing of this run was kept, {self.folder} is as it was") from None
+
+    def keep(self) -> None:
+        """From now on the record is this run's: an earlier one of its name goes, its summary included."""
+        if self.writes and not self.kept:
+            write(self.folder / "config.json", dumps(self.config, indent=2) + "\n")
+            write(self.folder / "metrics.jsonl", "".join(self.rows))
+            (self.folder / "summary.json").unlink(missing_ok=True)
+            self.kept = True
 
     def metrics(self, step: int, **numbers) -> None:
         """Add one line: {"step": step, "seconds": since this RunLog was made unless given, **numbers}."""
-        if self.writes:
-            seconds = round(time.perf_counter() - self.begin, 3)
-            line = dumps({"step": step, "seconds": seconds, **numbers}) + "\n"
+        if not self.writes:
+            return
+        seconds = round(time.perf_counter() - self.begin, 3)
+        line = dumps({"step": step, "seconds": seconds, **numbers}) + "\n"
+        if self.kept:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line)
+        else:
+            self.rows.append(line)
+        if self.board:
+            self.board.show(step, numbers)
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics after `step`, the step of the checkpoint that a resumed run goes on from."""
-        if self.writes:
-            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
-            write(self.folder / "metrics.jsonl", "".join(dumps(row) + "\n" for row in kept))
+        """Drop the metrics after `step`, and half a line that a crash left: it would spoil the next one."""
+        file = self.folder / "metrics.jsonl"
+        file.touch()
+        write(file, "".join(dumps(row) + "\n" for row in read_metrics(self.folder) if row["step"] <= step))
 
     def figure(self, fig, name: str) -> Path:
         """Write a matplotlib figure to `<name>.png`, less than 100 kB (fewer dots per inch if need be); close it."""
@@ -104,6 +135,7 @@ class RunLog:
         ordered = {key: known[key] for key in (*SUMMARY, *known) if key in known}
         summary = {"stage": self.stage, "script": self.script, "run": self.folder.name, **ordered}
         if self.writes:
+            self.keep()
             write(self.folder / "summary.json", dumps(summary, indent=2) + "\n")
         return json.loads(dumps(summary))
 
