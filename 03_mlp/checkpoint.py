@@ -50,8 +50,7 @@ def load(path: Path, device="cpu"):
     """
     state = read(path, device)
     try:
-        config = ModelConfig(**state["config"])
-        tokenizer = CharTokenizer(state["tokenizer"])
+        config, tokenizer = ModelConfig(**state["config"]), CharTokenizer(state["tokenizer"])
     except (TypeError, BadInput) as error:
         raise damaged(path, error) from None
     if len(tokenizer) != config.vocab_size:

@@ -50,9 +50,8 @@ def load(path: Path, device="cpu"):
     """
     state = read(path, device)
     try:
-        config = ModelConfig(**state["config"])
-        tokenizer = from_state(state["tokenizer"])
-    except (TypeError, KeyError, ValueError) as error:
+        config, tokenizer = ModelConfig(**state["config"]), from_state(state["tokenizer"])
+    except (TypeError, BadInput) as error:
         raise damaged(path, error) from None
     if len(tokenizer) != config.vocab_size:
         raise damaged(path, f"a tokenizer of {len(tokenizer)}, a model of {config.vocab_size} tokens")

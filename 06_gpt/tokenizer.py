@@ -179,6 +179,6 @@ def train_tokenizer(kind: str, text: str, vocab_size: int):
 
 
 def from_state(state: dict):
-    """The tokenizer that `state()` described."""
-    kind = {"char": CharTokenizer, "bpe": BPETokenizer}[state["kind"]]
-    return kind(**{name: value for name, value in state.items() if name != "kind"})
+    """The tokenizer that `state()` described. Raises TypeError for what describes none."""
+    state = dict(state)
+    return {"char": CharTokenizer, "bpe": BPETokenizer}.get(state.pop("kind", None))(**state)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+import train as script
+from checkpoint import load
 from data import batches
 from model import MLP, NORMS, ModelConfig
-from sample import SampleConfig, load, sample
-from train import TrainConfig, evaluate, main, nll, train
+from train import TrainConfig, evaluate, main, make_optimizer, nll, schedule, train
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,12 @@ def small(**changes) -> MLP:
 
 def recipe(**changes) -> TrainConfig:
     return TrainConfig(**{"steps": 10, "batch_size": 4, "lr": 0.01, "weight_decay": 0.1, "seed": 5} | changes)
+
+
+def fit(model, data, config: TrainConfig) -> list[float]:
+    """The losses of all steps on the text `data`."""
+    stream = batches(data, model.config.block_size, config.batch_size, config.seed)
+    return [loss for _, loss in train(model, stream, config, make_optimizer(model, config))]
 
 
 class Line(nn.Module):
@@ -83,10 +90,12 @@ def test_evaluation_covers_every_window(rows):
 def test_evaluation_leaves_no_trace():
     """Evaluating changes no weight and builds no graph for gradients."""
     model = small()
-    before = [p.clone() for p in model.parameters()]
+    before, kept = [p.clone() for p in model.parameters()], []
+    model.register_forward_hook(lambda module, args, output: kept.append(output.requires_grad))
     evaluate(model, torch.randint(11, (50,)))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "evaluation must not train"
     assert all(p.grad is None for p in model.parameters()), "evaluation computes no gradients"
+    assert kept and not any(kept), "evaluation keeps all it computes for a backward pass: use torch.no_grad"
 
 
 def adamw(table, data, config: TrainConfig):
@@ -109,31 +118,78 @@ def adamw(table, data, config: TrainConfig):
     return p, losses
 
 
+def test_each_step_starts_with_fresh_gradients():
+    """A step uses the gradient of its own batch: those of earlier steps are cleared."""
+    model, data = Line(), torch.randint(5, (40,))
+    config = recipe(steps=4, weight_decay=0.0)
+    optimizer = make_optimizer(model, config)
+    stream = list(itertools.islice(batches(data, 1, 4, 5), 4))
+    found = []
+    optimizer.register_step_pre_hook(lambda *args: found.append(model.table.grad.clone()))
+    tables = [model.table.detach().clone()]
+    for _ in train(model, iter(stream), config, optimizer):
+        tables.append(model.table.detach().clone())
+    for step, (x, y) in enumerate(stream):
+        table = tables[step].clone().requires_grad_()
+        torch.nn.functional.cross_entropy(table[x[:, -1]], y).backward()
+        torch.testing.assert_close(
+            found[step], table.grad,
+            msg=lambda m, step=step: f"step {step + 1} uses another gradient than its batch's: is .grad cleared?\n{m}",
+        )
+
+
+def test_the_rate_is_a_share_of_each_groups_own():
+    """The schedule falls from 1 in a line to 1 / steps, and each group of weights gets that share of its own rate."""
+    config = recipe(steps=10)
+    shares = [1 - step / 10 for step in range(10)]
+    assert [schedule(step, config) for step in range(10)] == pytest.approx(shares), "from 1 in a line towards 0"
+    model = small()
+    groups = [{"params": [model.tok_emb.weight], "lr": 0.5}, {"params": [model.head.weight], "lr": 0.001}]
+    optimizer = torch.optim.SGD(groups)
+    stream, seen = batches(torch.randint(11, (50,)), 3, 4, seed=5), []
+    for _ in train(model, stream, config, optimizer):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    for step, rates in enumerate(seen):
+        expected = [0.5 * shares[step], 0.001 * shares[step]]
+        assert rates == pytest.approx(expected), f"step {step + 1} has rates {rates}: each group's own, times the share"
+
+
+def test_weight_decay_stands_beside_the_step():
+    """A weight without a gradient shrinks by rate times decay at each step: Adam does not rescale the decay."""
+    model = Line()
+    data = torch.randint(4, (40,))  # character 4 never comes: the gradient of its row is 0
+    before = model.table[4].detach().clone()
+    fit(model, data, recipe(steps=1, lr=0.01, weight_decay=0.5))
+    torch.testing.assert_close(
+        model.table[4].detach(), before * (1 - 0.01 * 0.5),
+        msg=lambda m: f"decay takes lr * weight_decay of the weight itself, after or before the step of Adam\n{m}",
+    )
+
+
 def test_the_loop_is_adamw():
-    """Step by step the loop is AdamW: fresh gradients, decay beside the step, a rate that falls in a line."""
+    """Step by step the loop is AdamW as published, with a rate that falls in a line."""
     config = recipe(steps=30, lr=0.1)
     model, data = Line(), torch.randint(5, (40,))
     expected, losses = adamw(model.table.detach().numpy(), data, config)
-    seen = list(train(model, data, config))
+    seen = list(train(model, batches(data, 1, config.batch_size, config.seed), config, make_optimizer(model, config)))
     assert [step for step, _ in seen] == list(range(1, 31)), "one (step, loss) after each step, counted from 1"
     for (step, loss), should in zip(seen, losses, strict=True):
-        assert loss == pytest.approx(should, abs=1e-9), (
-            f"step {step}: loss {loss:.6f} instead of {should:.6f}: gradients of earlier steps are still in .grad, or "
-            "the step, the decay or the learning rate is not AdamW's"
-        )
+        assert loss == pytest.approx(should, abs=1e-9), f"step {step}: loss {loss:.6f}, AdamW has {should:.6f}"
     error = np.abs(model.table.detach().numpy() - expected).max()
-    assert error < 1e-9, f"after 30 steps the weights are off by {error:.1e}"
+    assert error < 1e-9, f"after 30 steps the weights are off by {error:.1e}: the last step is not AdamW's"
 
 
-def test_the_learning_rate_falls_to_nothing():
-    """The first steps are long and the last ones short, so that the noise of the batches averages out."""
-    model, data = Line(), torch.randint(5, (400,))
-    moved, before = [], model.table.detach().clone()
-    for _ in train(model, data, recipe(steps=100, batch_size=16, weight_decay=0.0)):
-        moved.append((model.table - before).abs().max().item())
-        before = model.table.detach().clone()
-    assert moved[0] == pytest.approx(0.01, rel=1e-3), "Adam's first step is the learning rate, whatever the gradient"
-    assert moved[-1] < 0.0005, f"the last step still moves a weight by {moved[-1]:.4f}: the rate does not fall to 0"
+def test_a_loss_that_is_not_finite_stops_the_training():
+    """The first loss that is infinite or nan ends the training by name, before it reaches a weight."""
+    for bad in (math.nan, math.inf):
+        model, factors = Line(), iter([1, 1, 1, bad])
+        model.register_forward_hook(lambda module, args, output, factors=factors: output * next(factors))
+        steps = train(model, batches(torch.randint(5, (40,)), 1, 4, 5), recipe(), make_optimizer(model, recipe()))
+        with pytest.raises(BadInput, match="lr") as caught:
+            for _ in range(10):
+                next(steps)
+        assert "step 4" in str(caught.value), "which step was it?"
+        assert model.table.isfinite().all(), "nan reached the weights: no later step can mend them"
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -141,7 +197,7 @@ def test_training_learns_a_small_text_by_heart(norm):
     """A text with one answer to every context is learned until almost nothing is left to say, with every norm."""
     data = torch.arange(11).repeat(20)
     model = MLP(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_hidden=32, norm=norm))
-    losses = [loss for _, loss in train(model, data, recipe(steps=200, batch_size=32, weight_decay=0.0))]
+    losses = fit(model, data, recipe(steps=200, batch_size=32, weight_decay=0.0))
     assert abs(losses[0] - math.log(11)) < 0.2, "it starts at ln V"
     assert losses[-1] < 0.05, f"{norm}: the loss is still {losses[-1]:.3f}: the model cannot even learn by heart"
     assert evaluate(model, data) < 0.05, f"{norm}: the evaluation does not see what the training learned"
@@ -161,13 +217,14 @@ def test_evaluation_uses_running_statistics_and_moves_none():
         assert torch.equal(buffer, before[name]), f"{name} moved: the validation text leaked into the model"
 
 
-def test_evaluating_and_sampling_hand_the_model_back_in_training_mode():
-    """After evaluating or sampling the model trains on with its batches' own statistics."""
-    model = small(norm="batch")
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_leaves_the_mode_as_it_was(mode):
+    """A model in training goes on training after an evaluation, and a frozen one in evaluation mode stays in it."""
+    model = small().train(mode)
     evaluate(model, torch.randint(11, (50,)))
-    assert all(module.training for module in model.modules()), "evaluate left the model in evaluation mode"
-    sample(model, torch.zeros(3, dtype=torch.long), 5, SampleConfig())
-    assert all(module.training for module in model.modules()), "sample left the model in evaluation mode"
+    assert [module.training for module in model.modules()] == [mode] * len(list(model.modules())), (
+        f"evaluate was given a model with training={mode} and left it in the other mode"
+    )
 
 
 def test_training_never_sees_the_other_texts_windows():
@@ -175,8 +232,7 @@ def test_training_never_sees_the_other_texts_windows():
     data = torch.randint(8, (200,))  # 8, 9 and 10 never occur
     model = MLP(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_hidden=7))
     before = model.tok_emb.weight.detach().clone()
-    for _ in train(model, data, recipe(weight_decay=0.0)):
-        pass
+    fit(model, data, recipe(weight_decay=0.0))
     changed = (model.tok_emb.weight != before).any(dim=1).tolist()
     assert changed == [True] * 8 + [False] * 3, "only characters of the training text may move"
 
@@ -187,7 +243,7 @@ def test_the_same_seed_repeats_a_run():
     def losses(seed):
         torch.manual_seed(1)
         model = MLP(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_hidden=7))
-        return [loss for _, loss in train(model, torch.arange(11).repeat(5), recipe(seed=seed))]
+        return fit(model, torch.arange(11).repeat(5), recipe(seed=seed))
 
     assert losses(5) == losses(5), "a run must repeat, or no number in a README can be checked"
     assert losses(5) != losses(6), "the seed does not reach the batches"
@@ -195,7 +251,8 @@ def test_the_same_seed_repeats_a_run():
 
 @pytest.mark.parametrize(
     ("field", "value"), [("steps", 0), ("batch_size", -1), ("eval_every", 0), ("lr", 0.0), ("lr", -1.0),
-                         ("lr", math.nan), ("weight_decay", -0.1), ("weight_decay", math.nan)],
+                         ("lr", math.nan), ("lr", math.inf), ("weight_decay", -0.1), ("weight_decay", math.nan),
+                         ("weight_decay", math.inf)],
 )
 def test_a_recipe_that_cannot_run_is_refused(field, value):
     """Steps, batch sizes and rates that make no sense are refused by name before any work is done."""
@@ -223,23 +280,35 @@ def test_the_script_trains_scores_and_saves(text, tmp_path, capsys):
     folder = tmp_path / "out" / "tiny"
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["step"] for row in rows] == [20, 40], "the validation loss is taken every eval_every steps and last"
-    assert rows[-1]["val_loss"] < rows[0]["val_loss"] < math.log(len(set(TEXT))), "the loss falls"
+    looks = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in looks] == [20, 40], "the validation loss is taken every eval_every steps and last"
+    assert looks[-1]["val_loss"] < looks[0]["val_loss"] < math.log(len(set(TEXT))), "the loss falls"
+    assert [row["step"] for row in rows if "train_loss" in row] == [10, 20, 30, 40], "the training loss, now and then"
 
-    model, vocab = load(folder / "model.pt")
-    held_out = vocab.encode(TEXT[1800:])  # the last tenth of 2,000 characters
-    assert vocab.chars == "".join(sorted(set(TEXT))), "the vocabulary is saved with the model"
+    model, tokenizer, *_ = load(folder / "model.pt")
+    held_out = torch.tensor(tokenizer.encode(TEXT[1800:]))  # the last tenth of 2,000 characters
+    assert tokenizer.chars == "".join(sorted(set(TEXT))), "the tokenizer is saved with the model"
     assert summary["val_loss"] == pytest.approx(evaluate(model, held_out), abs=1e-6), (
         "the reported loss is not the saved model's on the last tenth of the text"
     )
-    V = len(vocab)
+    V = len(tokenizer)
     blocks = 2 * (2 * 16 * 16 + 4 * 16)
     assert summary["params"] == V * 6 + 24 * 16 + 16 + blocks + 2 * 16 + 16 * V + V, "the model that was trained"
     assert summary["tokens"] == 40 * 32 and summary["steps"] == 40, "one token is predicted for each window"
-    assert summary["val_bpb"] == pytest.approx(summary["val_loss"] / math.log(2)), "one byte per character here"
     assert not list(folder.glob("*.part*")), "half-written files are left behind"
     out = capsys.readouterr().out
-    assert f"{summary['val_loss']:.4f} nats per character" in out, "the last line tells the loss"
+    assert "step 20: validation loss" in out, "a look at step 20"
+    assert f"{summary['val_loss']:.4f} nats per character" in out.splitlines()[-1], "the last line tells the loss"
+
+
+def test_the_script_counts_bytes(text, tmp_path):
+    """`val_bpb` is bits per byte of the validation text, not per character: an é is two bytes."""
+    text.write_text("été, déjà, là: né\n" * 100, encoding="utf-8")
+    main(["--corpus", str(text), "--name", "bytes", *FLAGS])
+    summary = json.loads((tmp_path / "out" / "bytes" / "summary.json").read_text("utf-8"))
+    held_out = text.read_text("utf-8")[1620:]  # the last tenth of 1,800 characters
+    expected = summary["val_loss"] / math.log(2) * len(held_out) / len(held_out.encode("utf-8"))
+    assert summary["val_bpb"] == pytest.approx(expected), "the loss of a character is shared by its bytes"
 
 
 def test_the_script_trains_on_the_training_text(text, tmp_path):
@@ -250,36 +319,63 @@ def test_the_script_trains_on_the_training_text(text, tmp_path):
     assert loss > math.log(8), f"a loss of {loss:.3f} on letters that are not in the training text: it was shown them"
 
 
+@pytest.fixture
+def earlier(text, tmp_path):
+    """A finished run "tiny": a function that says which of its files are no longer what they were."""
+    main(["--corpus", str(text), "--name", "tiny", *FLAGS])
+    folder = tmp_path / "out" / "tiny"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def changed() -> list[str]:
+        now = {file.name: file.read_bytes() for file in folder.iterdir()}
+        return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+    assert "model.pt" in before and "metrics.jsonl" in before and not changed()
+    return changed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--corpus", "nowhere.txt"], "no corpus or file"),
-        (["--n-hidden", "0"], "n_hidden is 0"),
-        (["--lr", "-1"], "lr -1.0"),
-        (["--steps", "many"], "invalid int value"),
-        (["--norm", "group"], "invalid choice: 'group'"),
-        (["--device", "abacus"], "unknown device"),
-        (["--name", "../up"], "run name"),
-        (["--n-head", "4"], "unrecognized arguments"),
+        (["--corpus", "nowhere.txt"], "nowhere.txt"),
+        (["--n-hidden", "0"], "n_hidden"),
+        (["--lr", "-1"], "lr"),
+        (["--lr", "1e30"], "lower --lr"),
+        (["--steps", "many"], "steps"),
+        (["--norm", "group"], "group"),
+        (["--norm", "batch", "--batch-size", "1"], "use a larger batch_size"),
+        (["--device", "abacus"], "abacus"),
+        (["--name", "../up"], "name"),
+        (["--n-head", "4"], "n-head"),
+        (["--block-size", "250"], "use a longer text"),
     ],
-    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value).strip("-") if isinstance(value, list) else "",
 )
-def test_the_script_refuses_bad_input(words, message, text, tmp_path):
-    """A wrong value at the command line is one clear line, and nothing is written."""
+def test_the_script_refuses_bad_input(words, message, text, tmp_path, earlier):
+    """A wrong value at the command line is one clear line; the record of an earlier run stays, and no new folder."""
     with pytest.raises(BadInput, match=message):
-        main(["--corpus", str(text), *FLAGS, *words])
-    assert not (tmp_path / "out").exists(), "a run that never began must not leave a folder"
-
-
-def test_the_script_refuses_batches_of_one_with_batch_norm(text):
-    """One window has no variance: BatchNorm with --batch-size 1 is refused, and says what to do."""
-    with pytest.raises(BadInput, match="use a larger batch_size"):
-        main(["--corpus", str(text), *FLAGS, "--norm", "batch", "--batch-size", "1"])
+        main(["--corpus", str(text), "--name", "tiny", *FLAGS, *words])
+    assert not earlier(), f"a run that was refused wrote over an earlier one's {earlier()}"
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["tiny"], "and it leaves a folder"
 
 
 @pytest.mark.parametrize("length", [1, 10, 60])
-def test_a_text_that_is_too_short_is_refused(length, text):
-    """A text without one whole window on each side of the split is refused with the remedy."""
+def test_a_text_that_is_too_short_is_refused(length, text, earlier):
+    """A text without one whole window on each side of the split is refused with the remedy, before any training."""
     text.write_text(TEXT[:length], encoding="utf-8")
     with pytest.raises(BadInput, match="use a longer text"):
-        main(["--corpus", str(text), *FLAGS, "--block-size", "8"])
+        main(["--corpus", str(text), "--name", "tiny", *FLAGS, "--block-size", "8"])
+    assert not earlier(), f"a text that cannot be used cost an earlier run its {earlier()}"
+
+
+def test_ctrl_c_keeps_the_earlier_run(text, earlier, monkeypatch):
+    """Ctrl-C in mid-run says that nothing was kept, and leaves an earlier run of the same name as it was."""
+
+    def stopped(*args, **kwargs):
+        yield from itertools.islice(train(*args, **kwargs), 30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", stopped)
+    with pytest.raises(KeyboardInterrupt, match="nothing of this run was kept"):
+        main(["--corpus", str(text), "--name", "tiny", *FLAGS])
+    assert not earlier(), f"a run that was stopped wrote over an earlier one's {earlier()}"
