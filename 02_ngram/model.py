@@ -14,11 +14,14 @@ import torch
 
 @dataclass
 class ModelConfig:
-    """The model's shape. Raises BadInput for a shape that cannot be built."""
+    """The model's shape. Raises BadInput for a shape that cannot be built, or where n-grams need more than 64 bits.
+
+    An n-gram is stored as one integer (see `pack`), so vocab_size ** (block_size + 1) must be below 2 ** 63.
+    """
 
     vocab_size: int
     block_size: int = 6  # characters of context: an n-gram of order n looks back n - 1
-    add_k: float = 0.01  # pretend that every n-gram was seen this often before counting; Kneser-Ney does without
+    add_k: float = 0.01  # pretend that every n-gram was seen this often before counting; in (0, 1e12]
 
     def __post_init__(self):
         if self.vocab_size < 1 or self.block_size < 0:
@@ -27,8 +30,8 @@ class ModelConfig:
             power = f"{self.vocab_size} characters to the power of {self.block_size + 1}"
             raise BadInput(f"{power} do not fit into 64 bits: use a shorter context")
         if not 0 < self.add_k <= 1e12:  # nan fails every comparison, so it is refused too
-            why = "with 0 one unseen n-gram makes a text impossible, with infinity nothing counts"
-            raise BadInput(f"add_k is {self.add_k}: it must be above 0 and at most 1e12; {why}")
+            why = "above 0, or one unseen n-gram makes a text impossible, and at most 1e12"
+            raise BadInput(f"add_k is {self.add_k}: it must be {why}")
 
 
 def pack(tokens, base: int):
@@ -54,7 +57,8 @@ def look_up(keys, values, queries):
 class NGram:
     """Counts with add-k smoothing: P(y | x) = (count(x, y) + k) / (count(x) + k V).
 
-    count(x) is the sum of count(x, y) over all y. A context that was never seen gives every token 1 / V.
+    count(x) is the sum of count(x, y) over all y. A context that was never seen gives every token 1 / V. `fit` stores
+    `keys` and `counts`, the n-grams, and `contexts` and `totals`, what `look_up` needs; all int64.
     """
 
     def __init__(self, config: ModelConfig):
@@ -116,7 +120,8 @@ def discounts(counts):
     """How much to take from an n-gram seen 0, 1, 2, 3 or more times: counts [K] -> [0, D1, D2, D3+], float64 [4].
 
     D_i = i - (i + 1) Y n_{i+1} / n_i with Y = n_1 / (n_1 + 2 n_2), where n_i n-grams were seen exactly i times
-    (Chen & Goodman 1998, equation 26). Where a text is too small to have all of n_1 to n_4, take 0.5, 1, 1.5.
+    (Chen & Goodman 1998, equation 26). Where this is negative, take 0. Where one of n_1 to n_4 is 0, the text is too
+    small for the estimate: take 0.5, 1, 1.5.
     """
     n = [(counts == i).sum().item() for i in range(5)]
     if 0 in n[1:]:
@@ -193,14 +198,16 @@ class NeuralBigram:
     """
 
     def __init__(self, config: ModelConfig):
-        """`config.vocab_size` is all it needs: row i of `table` [V, V] has the scores after token i."""
+        """Row i of `table` [V, V] has the scores after token i: zeros that require a gradient, float32."""
         self.config = config
         self.table = torch.zeros(config.vocab_size, config.vocab_size, requires_grad=True)
 
     def parameters(self):
+        """What gradient descent moves: a list with the table."""
         return [self.table]
 
     def n_params(self) -> int:
+        """Scores in the table: V * V."""
         return self.table.numel()
 
     def logits(self, x):

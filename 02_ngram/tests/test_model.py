@@ -159,6 +159,15 @@ def test_nothing_is_taken_from_what_was_never_seen():
     assert taken[0] == 0, f"{taken[0]} is taken from a count of 0: nothing is there to be taken"
 
 
+def test_discounts_are_float64_from_the_start():
+    """Discounts have all the digits of float64."""
+    D = discounts(seen(20, 4, 2, 1))[1].item()
+    assert abs(D - 5 / 7) < 1e-12, (
+        f"D1 is 5/7 but for {abs(D - 5 / 7):.1g}, as in float32, which torch.tensor makes of floats unless it is told "
+        "otherwise: a `.double()` afterwards comes too late"
+    )
+
+
 def test_a_text_too_small_for_the_estimate_gets_fixed_discounts():
     """Where no n-gram was seen once, or twice, three or four times, the estimate has no answer: take 0.5, 1, 1.5."""
     for n in ((0, 5, 2, 1), (10, 0, 2, 1), (10, 5, 0, 1), (10, 5, 2, 0)):
