@@ -350,6 +350,13 @@ def test_numpy_numbers_mix_with_values():
     assert np.float64(2.0) < x, "numpy's 2.0 is below a Value of 3"
 
 
+def test_a_value_shows_its_number_and_its_gradient():
+    """A Value that is printed shows its number and its gradient."""
+    x = Value(1.5)
+    (x * 4.0).backward()
+    assert "1.5" in repr(x) and "4" in repr(x), f"1.5 with gradient 4 is printed as {x!r}"
+
+
 def test_the_example_in_the_docstring_is_true():
     """The worked example at the top of engine.py prints what it says."""
     failed, tried = doctest.testmod(engine)

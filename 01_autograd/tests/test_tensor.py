@@ -293,6 +293,13 @@ def test_a_leaf_keeps_its_own_copy():
     assert Tensor(np.arange(3)).data.dtype == np.float64, "whole numbers have no small changes: everything is float64"
 
 
+def test_a_tensor_shows_its_numbers_and_its_shape():
+    """A Tensor that is printed shows its numbers and its shape, and does not fill the screen."""
+    shown = repr(Tensor([[1.5, 2.5]]))
+    assert "1.5" in shown and "(1, 2)" in shown, f"[[1.5, 2.5]], of shape (1, 2), is printed as {shown}"
+    assert len(repr(Tensor(np.zeros((100, 100))))) < 1000, "10,000 numbers are too many to print"
+
+
 def test_arrays_and_numbers_on_the_left_give_tensors():
     """numpy arrays and numbers work on either side of every operator."""
     x, array = Tensor([[1.0, 2.0], [3.0, 4.0]]), np.array([[2.0, 1.0], [1.0, 2.0]])
