@@ -98,7 +98,9 @@ def test_add_k_matches_counting_with_dicts(T, k):
     probs = model.probs(contexts)
     for row, context in zip(probs.tolist(), contexts.tolist(), strict=True):
         expected = [count_with_dicts(x, y, T, k, tuple(context), target) for target in range(V)]
-        assert row == pytest.approx(expected, abs=1e-12), f"context {context}: not (count + k) / (total + k V)"
+        assert row == pytest.approx(expected, abs=1e-12), (
+            f"after {context} it is {row}, but (count + k) / (total + k V) is {expected}"
+        )
 
 
 def test_counting_models_answer_in_float64():
@@ -108,15 +110,6 @@ def test_counting_models_answer_in_float64():
         model = Model(config(1)).fit(x, y)
         for found in (model.prob(x, y).dtype, model.probs(x).dtype):
             assert found == torch.double, f"{Model.__name__} answers in {found}"
-
-
-def test_the_longest_context_that_fits_works():
-    """As long as V ** (block_size + 1) is below 2 ** 63, the highest n-gram still has a number of its own."""
-    for vocab_size, block_size in ((65, 9), (2, 61)):
-        x, y = torch.full((3, block_size), vocab_size - 1), torch.full((3,), vocab_size - 1)
-        for Model in (NGram, KneserNey):
-            p = Model(ModelConfig(vocab_size, block_size, add_k=1e-9)).fit(x, y).prob(x, y)
-            assert (p > 0.5).all(), f"{vocab_size} ** {block_size + 1} fits into 64 bits, but the n-gram is not found"
 
 
 # Each row: how many n-grams were seen 1, 2, 3 and 4 times, and what follows by hand.
@@ -208,20 +201,14 @@ def test_each_count_has_its_own_discount():
         assert kept.get(key) == count - D, (
             f"levels[1] holds the pairs, and a pair seen {count} times keeps {count} - {D}, not {kept.get(key)}"
         )
-
-
-def test_shorter_contexts_count_neighbours_not_occurrences():
-    """For an unseen context a token's weight is how many different tokens it followed, not how often it occurred."""
-    # "San Francisco" ten times; "the" after nine different words. Tokens: 0 San, 1 Francisco, 2 the, 3..11 the words.
-    x, y = pairs({(0, 1): 10} | {(word, 2): 1 for word in range(3, 12)})
-    model = KneserNey(ModelConfig(vocab_size=12, block_size=1)).fit(x, y)
-    francisco, the = model.probs(after(1))[0, [1, 2]].tolist()  # nothing in the text comes after "Francisco"
-    # Ten different pairs: "Francisco" after 1 word, "the" after 9. Discounts 0.5, 1, 1.5 of the small text.
-    rest = (0.5 + 1.5) / 10 / 12
-    raw = (10 - 1.5) / 19 + (1.5 + 1.5) / 19 / 12
-    assert francisco != pytest.approx(raw), "raw counts: Francisco came ten times, but only ever after San"
-    assert francisco == pytest.approx((1 - 0.5) / 10 + rest), f"Francisco followed 1 word, in 10 pairs: {francisco:.3f}"
-    assert the == pytest.approx((9 - 1.5) / 10 + rest), f"the followed 9 different words, in 10 pairs: {the:.3f}"
+    # 10, 5, 2 and 1 pairs seen 1, 2, 3 and 4 times: the discounts are 0.5, 1.4 and 2.
+    times = [1] * 10 + [2] * 5 + [3] * 2 + [4]
+    pair = list(itertools.product(range(V), repeat=2))
+    level = KneserNey(config(1)).fit(*pairs(dict(zip(pair, times, strict=False)))).levels[1]  # keys are 0, 1, 2, ...
+    for count, kept, D in zip(times, level.kept.tolist(), [0.5] * 10 + [1.4] * 5 + [2.0] * 3, strict=True):
+        assert kept == pytest.approx(count - D), (
+            f"a pair seen {count} times keeps {count} - {D}, not {kept}: the estimate sees the counts as they are"
+        )
 
 
 def test_every_shorter_context_counts_what_stands_before_it():
@@ -236,8 +223,8 @@ def test_every_shorter_context_counts_what_stands_before_it():
             key = sum(token * V**i for i, token in enumerate(reversed(context)))
             total = look_up(level.contexts, level.totals, torch.tensor([key])).item()
             assert total == len(before), (
-                f"order {n}: after {context} stand {len(before)} n-grams, counted once for each different token before "
-                f"them, not {total:g}: lower orders count neighbours, and drop the oldest token"
+                f"order {n}: the total of {context} is {total:g}, but it has {len(before)} different pairs of a token "
+                "before it and a token after it: shorter contexts count neighbours, not occurrences"
             )
 
 
@@ -265,7 +252,9 @@ def test_below_the_unigram_every_token_is_alike():
     assert p[3] == p[4] == pytest.approx(gamma / 5), (
         f"a token that never came has gamma * P_0 = {gamma} / 5, not {p[3]}: P_0 is 1 / V, V the whole vocabulary"
     )
-    assert p[2] == pytest.approx((3 - 1.5) / 6 + gamma / 5), "one that came three times: (3 - D3+) / 6 + gamma / 5"
+    assert p[2] == pytest.approx((3 - 1.5) / 6 + gamma / 5), (
+        f"one that came three times has (3 - D3+) / 6 + gamma / 5, not {p[2]}: a share of P_0 is added for every token"
+    )
 
 
 def test_an_unseen_context_takes_the_shorter_ones_answer():
@@ -275,7 +264,25 @@ def test_an_unseen_context_takes_the_shorter_ones_answer():
     shorter.levels = model.levels[:2]  # the shortest first: unigram, bigram
     unseen = torch.tensor([[4, token] for token in range(4)])  # the text has no token 4
     gap = (model.probs(unseen) - shorter.probs(unseen)).abs().max()
-    assert gap < 1e-12, f"differs by {gap:.2g} from the bigram's answer: levels[0] is the unigram, levels[1] the bigram"
+    assert gap < 1e-12, f"an unseen context takes the shorter one's answer unchanged, not {gap:.2g} away"
+
+
+def test_shorter_contexts_count_neighbours_not_occurrences():
+    """For an unseen context a token's weight is how many different tokens it followed, not how often it occurred."""
+    # "San Francisco" ten times; "the" after nine different words. Tokens: 0 San, 1 Francisco, 2 the, 3..11 the words.
+    x, y = pairs({(0, 1): 10} | {(word, 2): 1 for word in range(3, 12)})
+    model = KneserNey(ModelConfig(vocab_size=12, block_size=1)).fit(x, y)
+    francisco, the = model.probs(after(1))[0, [1, 2]].tolist()  # nothing in the text comes after "Francisco"
+    # Ten different pairs: "Francisco" after 1 word, "the" after 9. Discounts 0.5, 1, 1.5 of the small text.
+    rest = (0.5 + 1.5) / 10 / 12
+    raw = (10 - 1.5) / 19 + (1.5 + 1.5) / 19 / 12
+    assert francisco != pytest.approx(raw), "raw counts: Francisco came ten times, but only ever after San"
+    assert francisco == pytest.approx((1 - 0.5) / 10 + rest), (
+        f"Francisco followed one word, in 10 different pairs: {(1 - 0.5) / 10 + rest:.4f}, not {francisco:.4f}"
+    )
+    assert the == pytest.approx((9 - 1.5) / 10 + rest), (
+        f"`the` followed nine words, in 10 different pairs: {(9 - 1.5) / 10 + rest:.4f}, not {the:.4f}"
+    )
 
 
 class Reference:
@@ -403,11 +410,13 @@ def test_the_neural_bigram_can_learn():
     """The loss has a gradient for the table, in the rows of the contexts that were shown and in no others."""
     model = NeuralBigram(config(1))
     x, y = torch.tensor([[0, 2], [1, 2], [2, 3]]), torch.tensor([1, 1, 0])
-    (table,) = model.parameters()
-    assert table is model.table, "parameters() must list the table, or nobody moves it"
-    model.prob(x, y).log().mean().backward()
-    assert table.grad is not None, "no gradient reaches the table: it must require one, and nothing may be detached"
-    moved = table.grad.abs().sum(1).nonzero().flatten().tolist()
+    listed = list(model.parameters())
+    assert len(listed) == 1 and listed[0] is model.table, "parameters() must list the table, or nobody moves it"
+    assert model.table.requires_grad, "a table that requires no gradient gets none"
+    p = model.prob(x, y)
+    assert p.requires_grad, "on the way from the table to `prob` the graph is cut"
+    p.log().mean().backward()
+    moved = model.table.grad.abs().sum(1).nonzero().flatten().tolist()
     assert moved == [2, 3], f"the contexts end in 2 and 3, but the rows {moved} get a gradient"
 
 
@@ -460,6 +469,15 @@ def test_params_are_the_numbers_stored():
     assert found == expected, f"{found}, not {expected}: at each order one per n-gram, and total and freed per context"
     found = NeuralBigram(config(1)).n_params()
     assert found == V * V, f"{found}, not {V * V}: a score for every pair of tokens"
+
+
+def test_the_longest_context_that_fits_works():
+    """As long as V ** (block_size + 1) is below 2 ** 63, the highest n-gram still has a number of its own."""
+    for vocab_size, block_size in ((65, 9), (2, 61)):
+        x, y = torch.full((3, block_size), vocab_size - 1), torch.full((3,), vocab_size - 1)
+        for Model in (NGram, KneserNey):
+            p = Model(ModelConfig(vocab_size, block_size, add_k=1e-9)).fit(x, y).prob(x, y)
+            assert (p > 0.5).all(), f"{vocab_size} ** {block_size + 1} fits into 64 bits, but the n-gram is not found"
 
 
 @pytest.mark.parametrize(
