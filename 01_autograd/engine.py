@@ -30,6 +30,7 @@ class Value:
     op      what computed it ("+", "tanh"); empty for a leaf
     label   a name for drawings; you may set it
 
+    Raises TypeError for data that is no real number: a text, an array, a complex number, another Value.
     `<`, `>`, `<=`, `>=` compare the numbers. `==` stays identity: two nodes that hold the same number are two nodes.
     """
 
@@ -77,6 +78,7 @@ class Value:
     def __pow__(self, exponent: "Value | float") -> "Value":
         """x ** n, slope n x ** (n - 1). An exponent that is itself a Value needs x > 0 (see `log`).
 
+        At x = 0 the slope is infinite for 0 < n < 1, as a square root leaves zero vertically, and 0 for n = 0.
         Raises ValueError for a fractional power of a negative number (not a real number), ZeroDivisionError for a
         negative power of zero, OverflowError when the result or its slope exceeds the largest float.
         """
@@ -89,7 +91,7 @@ class Value:
             raise ZeroDivisionError(f"0 ** {n:g}: division by a Value that is zero")
         try:
             if x == 0.0 and n < 1.0:
-                slope = math.inf if n else 0.0  # a square root leaves zero vertically; x ** 0 is flat
+                slope = math.inf if n else 0.0  # n x ** (n - 1) would divide by zero
             else:
                 slope = n * x ** (n - 1.0)
             return Value(x**n, (self,), (slope,), f"**{n:g}")
@@ -116,7 +118,8 @@ class Value:
         return Value(result, (self,), (1.0 - result * result,), "tanh")
 
     def relu(self) -> "Value":
-        """max(0, x); slope 1 where x > 0, else 0 (at the kink itself any slope from 0 to 1 would do)."""
+        """max(0, x), nan for nan; slope 1 where x > 0, else 0 (at the kink itself any slope from 0 to 1 would do)."""
+        # subtle: max(0.0, nan) is 0.0, since every comparison with nan is false; max(nan, 0.0) is nan.
         return Value(max(self.data, 0.0), (self,), (1.0 if self.data > 0.0 else 0.0,), "relu")
 
     # ---- derived: no slopes of their own ----

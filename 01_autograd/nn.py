@@ -22,7 +22,7 @@ class Module:
     """Something with parameters."""
 
     def parameters(self) -> list:
-        """Every trainable leaf, in a fixed order."""
+        """Every trainable leaf, each once: layer by layer, neuron by neuron, weights before the bias."""
         raise NotImplementedError
 
     def zero_grad(self) -> None:

@@ -26,7 +26,7 @@ Pullback = Callable[[np.ndarray], np.ndarray]
 class Tensor:
     """An array in a graph of arrays.
 
-    data       float64 array; a leaf holds a copy of what it was made from
+    data       float64 array; a leaf holds a copy of what it was made from: a number, a list or an array, never a Tensor
     grad       d result / d this, same shape, filled in by `result.backward()`; adds up on leaves until set back to 0
     inputs     the Tensors this one was computed from; empty for a leaf
     pullbacks  for each input, gradient of this -> gradient of that input (before unbroadcasting)
@@ -91,6 +91,7 @@ class Tensor:
     def __pow__(self, exponent) -> "Tensor":
         """x ** n for a number n. An exponent that is itself a Tensor needs x > 0 (see `log`).
 
+        Slopes at x = 0 as in `Value.__pow__`: infinite for a root, 0 for n = 0.
         Raises ValueError for a fractional power of a negative entry, ZeroDivisionError for a negative power of zero.
         """
         if not isinstance(exponent, Real):
@@ -150,7 +151,10 @@ class Tensor:
         )
 
     def sum(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> "Tensor":
-        """Adds along `dim`, or everything. Every entry moves the sum by as much as it moves itself: slope 1."""
+        """Adds along `dim`, or everything. Every entry moves the sum by as much as it moves itself: slope 1.
+
+        The axes in `dim` go away, or stay with length 1 if `keepdim`; other axes stay, those of length 1 too.
+        """
         shape, total = self.shape, self.data.sum(axis=dim, keepdims=True)
         return Tensor(
             total if keepdim else total.squeeze(dim),
@@ -160,7 +164,7 @@ class Tensor:
         )
 
     def amax(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> "Tensor":
-        """The largest entry along `dim`, or of all. Entries that tie for it share its gradient equally."""
+        """The largest entry along `dim`, or of all; axes as in `sum`. Entries that tie share its gradient equally."""
         largest = self.data.max(axis=dim, keepdims=True)
         winners = self.data == largest
         share = winners / winners.sum(axis=dim, keepdims=True)
@@ -227,9 +231,11 @@ class Tensor:
         return self**0.5
 
     def sigmoid(self) -> "Tensor":
+        """1 / (1 + e ** -x), by way of tanh: the textbook form overflows at x = -710."""
         return (self * 0.5).tanh() * 0.5 + 0.5
 
     def mean(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> "Tensor":
+        """`sum`, divided by how many entries went into each sum."""
         total = self.sum(dim, keepdim)
         return total / (self.data.size / total.data.size)
 
@@ -243,6 +249,7 @@ class Tensor:
         return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
     def softmax(self, dim: int = -1) -> "Tensor":
+        """e ** x / sum of e ** x along `dim`, by way of `log_softmax`, so that nothing overflows."""
         return self.log_softmax(dim).exp()
 
     # ---- backpropagation ----

@@ -114,7 +114,8 @@ def learn_table(model: Module, logit: Callable, targets: tuple[int, ...], steps:
 def moons(count: int, noise: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two interleaved half circles of radius 1: points [count, 2], classes [count] (0 the upper moon, 1 the lower).
 
-    The upper one is centred on (0, 0); the lower one on (1, 0.5), so that each tip reaches into the other's bow.
+    The upper one is centred on (0, 0); the lower one on (1, 0.5), so that each tip reaches into the other's bow. Half
+    of the points lie on each, and `noise` is added to each coordinate on its own.
     """
     classes = np.arange(count) % 2
     angle = rng.uniform(0.0, math.pi, count)

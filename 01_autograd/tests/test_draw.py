@@ -67,8 +67,15 @@ def test_tensors_show_their_shapes():
     boxes, arrows = boxes_and_arrows(to_dot((x @ weight).sum()))
     assert sorted(boxes.values()) == sorted(
         [["x", "shape (5, 3)"], ["weight", "shape (3, 2)"], ["@", "shape (5, 2)"], ["sum", "shape ()"]]
-    )
-    assert len(arrows) == 3
+    ), "each array is one box with its name, operation and shape"
+    assert len(arrows) == 3, f"{len(arrows)} arrows: two lead to the product, one to the sum"
+
+
+def test_leaves_have_a_colour_of_their_own(loss):
+    """What was given and what was computed are told apart by colour: two leaves, two results."""
+    colours = re.findall(r"fillcolor=\"?(#\w+)", to_dot(loss))
+    count = sorted(colours.count(colour) for colour in set(colours))
+    assert count == [2, 2], f"a and b are leaves, a * b and the loss are results, drawn in {sorted(set(colours))}"
 
 
 def test_labels_cannot_break_the_file():
@@ -82,18 +89,20 @@ def test_without_dot_the_source_is_written_and_said(loss, tmp_path, monkeypatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     file = draw(loss, tmp_path / "graph.png")
     assert file == tmp_path / "graph.dot", "the file that was written is the one returned"
-    assert file.read_text("utf-8") == to_dot(loss)
-    assert not (tmp_path / "graph.png").exists()
-    assert "`dot` is not installed: wrote graph.dot" in capsys.readouterr().out
+    assert file.read_text("utf-8") == to_dot(loss), "the DOT file does not hold the graph"
+    assert not (tmp_path / "graph.png").exists(), "there is a file that looks like a picture and is none"
+    screen = capsys.readouterr().out
+    assert "not installed" in screen and "graph.dot" in screen, f"say why there is no picture: {screen!r}"
 
 
 @pytest.mark.skipif(not shutil.which("dot"), reason="graphviz's program `dot` is not installed")
 def test_with_dot_there_is_a_picture(loss, tmp_path):
     """With graphviz's program there is a picture beside the DOT file."""
     png = draw(loss, tmp_path / "graph.png")
-    assert png.read_bytes().startswith(b"\x89PNG") and (tmp_path / "graph.dot").is_file()
+    assert png.read_bytes().startswith(b"\x89PNG"), "graph.png is no PNG"
+    assert (tmp_path / "graph.dot").is_file(), "the DOT file belongs beside the picture"
     svg = draw(loss, str(tmp_path / "graph.svg")).read_text("utf-8")
-    assert "<svg" in svg and "loss (+)" in svg and "grad &#45;2" in svg
+    assert "<svg" in svg and "loss (+)" in svg and "grad &#45;2" in svg, "a's gradient is missing"
 
 
 def test_a_huge_graph_is_refused(tmp_path):
@@ -101,13 +110,16 @@ def test_a_huge_graph_is_refused(tmp_path):
     total = Value(0.0)
     for _ in range(60_000):
         total = total + 1.0
-    with pytest.raises(BadInput, match="120,001 nodes, too many to read"):
+    with pytest.raises(BadInput, match="120,001"):
         draw(total, tmp_path / "graph.png")
-    assert not list(tmp_path.iterdir())
+        pytest.fail("a drawing of 120,001 nodes is not refused")
+    assert not list(tmp_path.iterdir()), "something was written before the graph was refused"
     x = Value(1.0)
-    assert len(boxes_and_arrows(to_dot(x + x, max_nodes=2))[0]) == 2
-    with pytest.raises(BadInput, match="2 nodes"):
+    boxes, _ = boxes_and_arrows(to_dot(x + x, max_nodes=2))
+    assert len(boxes) == 2, f"2 nodes are allowed and there are 2, drawn are {len(boxes)}"
+    with pytest.raises(BadInput, match="2"):
         to_dot(x + x, max_nodes=1)
+        pytest.fail("2 nodes are drawn where 1 is allowed")
 
 
 @pytest.mark.parametrize("name", ["graph", "graph.bmp", "graph.dot"])
@@ -115,3 +127,4 @@ def test_an_unknown_kind_of_picture_is_refused(loss, tmp_path, name):
     """A file name without a known picture's ending is refused, and the message lists those that are known."""
     with pytest.raises(BadInput, match=".png, .svg or .pdf"):
         draw(loss, tmp_path / name)
+        pytest.fail(f"{name} is not refused")

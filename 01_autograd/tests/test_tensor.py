@@ -40,6 +40,8 @@ CASES = [
     ("sum 1", lambda x, y: x.sum(1) * y, (3, 4), (3,)),
     ("sum -1 keepdim", lambda x, y: x.sum(-1, keepdim=True) * y, (3, 3), (3, 3)),
     ("sum of two axes", lambda x, y: x.sum((0, 2)) * y, (2, 3, 4), (3,)),
+    ("sum beside a 1", lambda x, y: x.sum(1) * y, (1, 3), ()),
+    ("sum of the 1", lambda x, y: x.sum(0) * y, (1, 3, 1), (3, 2)),
     ("sum of square axis", lambda x, y: x.sum(dim=1) * y, (3, 3), (3,)),
     ("mean", lambda x, y: x.mean() * y, (3, 4), (4,)),
     ("mean 0", lambda x, y: x.mean(0) * y, (3, 4), (4,)),
@@ -48,6 +50,7 @@ CASES = [
     ("amax", lambda x, y: x.amax() * y, (3, 4), (4,)),
     ("amax 0", lambda x, y: x.amax(0) * y, (3, 4), (4,)),
     ("amax keepdim", lambda x, y: (x - x.amax(1, keepdim=True)) * y, (3, 3), (3,)),
+    ("amax beside a 1", lambda x, y: x.amax(1) * y, (1, 3), ()),
     ("amax of two axes", lambda x, y: x.amax((0, 2)) * y, (2, 3, 4), (3,)),
     ("matmul", lambda x, y: x @ y, (3, 4), (4, 5)),
     ("matmul square", lambda x, y: x @ y, (3, 3), (3, 3)),
@@ -64,6 +67,7 @@ CASES = [
     ("reshape", lambda x, y: x.reshape(2, 6) * y, (3, 4), (6,)),
     ("reshape -1", lambda x, y: x.reshape(-1) * y, (3, 4), (12,)),
     ("transpose", lambda x, y: x.transpose(0, 1) * y, (3, 4), (4, 3)),
+    ("transpose of two", lambda x, y: x.transpose(1, 2) * y, (2, 3, 4), (3,)),
     ("transpose batch", lambda x, y: x.transpose(-1, -3) * y, (2, 3, 4), (2,)),
     ("row", lambda x, y: x[1] * y, (3, 4), (4,)),
     ("column", lambda x, y: x[:, 2] * y, (3, 4), (3,)),
@@ -92,6 +96,18 @@ def same(ours: Tensor, theirs: torch.Tensor, what: str) -> None:
     expected = np.zeros(ours.shape) if theirs.grad is None else theirs.grad.numpy()
     assert ours.grad.shape == expected.shape, f"{what}: a gradient has its tensor's shape"
     np.testing.assert_allclose(ours.grad, expected, rtol=1e-10, atol=1e-12, err_msg=f"{what}: wrong gradient")
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "amax"])
+def test_only_the_axis_that_is_reduced_goes_away(reduce):
+    """sum, mean and amax along one axis remove that axis: another axis of length 1 is a batch of one, and stays."""
+    for shape, dim in (((1, 3), 1), ((1, 3), 0), ((3, 1, 4), 0), ((1, 3, 1), 1), ((1, 1), 1), ((2, 1, 3, 1), (0, 2))):
+        data = np.arange(np.prod(shape, dtype=int), dtype=float).reshape(shape)
+        ours, expected = getattr(Tensor(data), reduce)(dim), getattr(torch.tensor(data), reduce)(dim)
+        assert ours.shape == tuple(expected.shape), (
+            f"{reduce} of {shape} along {dim} has shape {tuple(expected.shape)}, not {ours.shape}: `squeeze()` without "
+            "an axis removes every axis of length 1"
+        )
 
 
 @pytest.mark.parametrize("name, expression, x_shape, y_shape", CASES, ids=[case[0] for case in CASES])
@@ -189,6 +205,25 @@ def test_powers_of_zero_have_torchs_slope(exponent):
     same(ours, theirs, f"x ** {exponent} at 0 and 2")
 
 
+def test_extreme_inputs_stay_finite():
+    """tanh and sigmoid of huge inputs neither overflow nor turn into nan, and their slopes there are 0."""
+    for name, limits in (("tanh", [-1.0, 1.0]), ("sigmoid", [0.0, 1.0])):
+        x = Tensor([-1000.0, 1000.0])
+        result = getattr(x, name)()
+        result.sum().backward()
+        assert result.data.tolist() == limits, f"{name} of -1000 and 1000 is {limits}, not {result.data.tolist()}"
+        assert x.grad.tolist() == [0.0, 0.0], f"{name} is saturated there, its slopes 0, not {x.grad.tolist()}"
+
+
+def test_relu_is_flat_at_its_kink():
+    """relu lets a gradient through where its input is positive; at 0 and below nothing comes through, as in torch."""
+    data = np.array([-1.0, 0.0, 2.0])
+    ours, theirs = Tensor(data), torch.tensor(data, requires_grad=True)
+    ours.relu().sum().backward()
+    theirs.relu().sum().backward()
+    assert ours.grad.tolist() == theirs.grad.tolist(), f"slopes at -1, 0 and 2 are 0, 0 and 1, not {ours.grad.tolist()}"
+
+
 def test_an_entry_picked_twice_gets_both_gradients():
     """Indexing the same row twice sends two gradients back to it: an embedding used twice learns twice."""
     table = Tensor(np.zeros((3, 2)))
@@ -218,7 +253,9 @@ def test_cross_entropy_is_torchs_for_small_and_huge_logits(scale):
     loss, expected = cross_entropy(ours, targets), F.cross_entropy(theirs, torch.tensor(targets))
     loss.backward()
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12), (
+        f"logits of size {scale}: not the mean over the rows of -log softmax at the target"
+    )
     same(ours, theirs, f"logits of size {scale}")
     np.testing.assert_allclose(ours.grad.sum(axis=1), 0.0, atol=1e-12, err_msg="softmax minus one-hot sums to zero")
     probabilities = Tensor(data).softmax().data
@@ -236,7 +273,11 @@ def test_backward_twice_adds_up_on_leaves_only():
         torch_loss.backward(retain_graph=True)
         same(ours, theirs, "backward again")
     ours.zero_grad()
-    assert np.array_equal(ours.grad, np.zeros((2, 2)))
+    assert np.array_equal(ours.grad, np.zeros((2, 2))), "after zero_grad the gradient of before is still there"
+    leaf = Tensor([[3.0]])
+    leaf.backward()
+    leaf.backward()
+    assert leaf.grad.tolist() == [[2.0]], f"a leaf is its own result, with slope 1 each time: 2, not {leaf.grad.item()}"
 
 
 def test_a_leaf_keeps_its_own_copy():
@@ -244,12 +285,19 @@ def test_a_leaf_keeps_its_own_copy():
     data = np.ones(3)
     x, y = Tensor(data), Tensor(data)
     data[:] = 9.0
-    assert x.data.tolist() == [1.0, 1.0, 1.0]
+    assert x.data.tolist() == [1.0, 1.0, 1.0], "the leaf shares its array with its maker, who changed it"
     total = x + y
     total.sum().backward()
     x.grad += 5.0
     assert y.grad.tolist() == [1.0, 1.0, 1.0] == total.grad.tolist(), "two tensors hold one gradient array between them"
     assert Tensor(np.arange(3)).data.dtype == np.float64, "whole numbers have no small changes: everything is float64"
+
+
+def test_a_tensor_shows_its_numbers_and_its_shape():
+    """A Tensor that is printed shows its numbers and its shape, and does not fill the screen."""
+    shown = repr(Tensor([[1.5, 2.5]]))
+    assert "1.5" in shown and "(1, 2)" in shown, f"[[1.5, 2.5]], of shape (1, 2), is printed as {shown}"
+    assert len(repr(Tensor(np.zeros((100, 100))))) < 1000, "10,000 numbers are too many to print"
 
 
 def test_arrays_and_numbers_on_the_left_give_tensors():
@@ -265,35 +313,34 @@ def test_arrays_and_numbers_on_the_left_give_tensors():
         (np.float64(2.0) * x, 2.0 * x.data),
         (3 - x, 3 - x.data),
     ):
-        assert type(result) is Tensor
-        np.testing.assert_allclose(result.data, expected, rtol=1e-14)
-    assert len(x) == 2 and x.ndim == 2 and [row.shape for row in x] == [(2,), (2,)]
+        assert type(result) is Tensor, f"numpy took the Tensor apart and gave a {type(result).__name__}"
+        np.testing.assert_allclose(result.data, expected, rtol=1e-14, err_msg="the operands changed places")
+    assert (len(x), x.ndim) == (2, 2), f"2 rows, 2 axes: not {len(x)} and {x.ndim}"
+    assert [row.shape for row in x] == [(2,), (2,)], "a loop over a Tensor gives its rows"
 
 
-def test_what_has_no_answer_is_refused_with_a_reason():
+# What is asked of x, the error it must raise, the word that its message must have, and what is wrong with an answer.
+REFUSED = {
+    "backward of a row": (lambda x: x.backward(), ValueError, "one number", "whose sensitivity would that be?"),
+    "matmul": (lambda x: x @ Tensor(np.ones((2, 3))), ValueError, "inner", "3 columns have no partner in 2 rows"),
+    "matmul by a number": (lambda x: x @ 2.0, ValueError, "inner", "a number has no axis to multiply along"),
+    "x + two numbers": (lambda x: x + np.ones(2), ValueError, "broadcast", "3 entries and 2 do not pair"),
+    "log": (lambda x: x.log(), ValueError, "positive", "a single nan or -inf spreads to every weight"),
+    "root of -2": (lambda x: x**0.5, ValueError, "negative", "a single nan spreads to every weight"),
+    "1 / x": (lambda x: 1.0 / x, ZeroDivisionError, "zero", "a single inf spreads to every weight"),
+    "exp 1000": (lambda x: (x * 1000.0).exp(), OverflowError, "maximum", "e ** 1000 fits into no float"),
+    "Tensor of a Tensor": (Tensor, TypeError, "Tensor", "a new graph was started without saying so"),
+    "class 3": (lambda x: cross_entropy(x, [3]), ValueError, "3 classes", "the classes are 0, 1 and 2"),
+    "class -1": (lambda x: cross_entropy(x, [-1]), ValueError, "3 classes", "-1 was read as the last class"),
+    "two targets": (lambda x: cross_entropy(x, [0, 1]), ValueError, "targets", "there is one row, so one target"),
+    "target 0.0": (lambda x: cross_entropy(x, [0.0]), ValueError, "targets", "classes are numbered, not measured"),
+    "target without axis": (lambda x: cross_entropy(x, 0), ValueError, "targets", "targets are [N], one a row"),
+}
+
+
+@pytest.mark.parametrize("action, error, word, wrong", REFUSED.values(), ids=REFUSED)
+def test_what_has_no_answer_is_refused_with_a_reason(action, error, word, wrong):
     """Shapes that do not fit, logarithms of zero, overflow and impossible targets say what is wrong."""
-    x = Tensor([[1.0, -2.0, 0.0]])
-    with pytest.raises(ValueError, match=r"one number, not from shape \(1, 3\)"):
-        x.backward()
-    with pytest.raises(ValueError, match="inner lengths must be equal"):
-        x @ Tensor(np.ones((2, 3)))
-    with pytest.raises(ValueError, match="inner lengths must be equal"):
-        x @ 2.0
-    with pytest.raises(ValueError, match="broadcast"):
-        x + np.ones(2)
-    with pytest.raises(ValueError, match="every entry must be positive"):
-        x.log()
-    with pytest.raises(ValueError, match="must not be negative"):
-        x**0.5
-    with pytest.raises(ZeroDivisionError, match="with a zero in it"):
-        1.0 / x
-    with pytest.raises(OverflowError, match="subtract the maximum first"):
-        (x * 1000.0).exp()
-    with pytest.raises(TypeError, match="is a Tensor already"):
-        Tensor(x)
-    for targets in ([3], [-1]):
-        with pytest.raises(ValueError, match="no indices into 3 classes"):
-            cross_entropy(x, targets)
-    for targets in ([0, 1], [0.0], 0):
-        with pytest.raises(ValueError, match="N whole-number targets"):
-            cross_entropy(x, targets)
+    with pytest.raises(error, match=word):
+        answer = action(Tensor([[1.0, -2.0, 0.0]]))
+        pytest.fail(f"not refused but answered with {answer}: {wrong}")

@@ -15,6 +15,7 @@ import torch
 
 import tensor
 import train
+from engine import Value
 from nn import Linear, TensorMLP
 from tensor import Tensor
 from train import AND, CORNERS, XOR, Config, descend, hidden_layer, learn_table, lone_neuron, moons
@@ -27,8 +28,25 @@ def rights(w1: float, w2: float, b: float, targets: tuple[int, ...]) -> int:
 
 def test_the_truth_tables_are_pythons():
     """AND and XOR are what Python's `and` and `^` say of the four corners."""
-    assert AND == tuple(int(a and b) for a, b in CORNERS)
-    assert XOR == tuple(int(a) ^ int(b) for a, b in CORNERS)
+    assert AND == tuple(int(a and b) for a, b in CORNERS), f"AND of {CORNERS} is not {AND}"
+    assert XOR == tuple(int(a) ^ int(b) for a, b in CORNERS), f"XOR of {CORNERS} is not {XOR}"
+
+
+def test_loss_and_accuracy_of_a_truth_table_by_hand():
+    """The loss of a truth table is the mean of -ln P(right answer), and a row is right when its logit's sign is."""
+    logits = dict(zip(CORNERS, (-1.0, 2.0, -3.0, 0.0), strict=True))
+
+    def logit(corner):
+        return Value(logits[corner])
+
+    # A logit z says 1 with probability 1 / (1 + e^-z), and 0 with probability 1 / (1 + e^z).
+    right = [1 / (1 + math.exp(-1.0)), 1 / (1 + math.exp(-2.0)), 1 / (1 + math.exp(3.0)), 1 / 2]  # for 0, 1, 1, 0
+    expected = -sum(math.log(p) for p in right) / 4
+    loss = train.table_loss(logit, XOR).data
+    assert loss == pytest.approx(expected), f"the mean of -ln P(right answer) over the rows is {expected}, not {loss}"
+    for targets, share in ((XOR, 0.75), (AND, 0.5), ((0, 1, 0, 0), 1.0)):
+        found = train.table_accuracy(logit, targets)
+        assert found == share, f"{targets}: {found:.0%}, not {share:.0%}: a logit above 0 says 1, 0 or below says 0"
 
 
 def test_one_neuron_learns_and():
@@ -58,17 +76,21 @@ def test_fourteen_of_sixteen_truth_tables_fit_one_neuron():
         for w1, w2, b in itertools.product((-1, 0, 1), (-1, 0, 1), grid)
     }
     everything = set(itertools.product((0, 1), repeat=4))
-    assert everything - found == {XOR, (1, 0, 0, 1)}
+    missing = everything - found
+    assert missing == {XOR, (1, 0, 0, 1)}, f"not computed by any neuron of the grid: {missing}"
 
 
 def test_one_neuron_is_stuck_on_xor():
     """Trained on XOR from many starts, one neuron ends at ln 2, a coin toss, and never has all four right."""
+    fell_back = 0
     for seed in range(10):
         run = learn_table(*lone_neuron(random.Random(seed)), XOR, steps=300, lr=1.0)
         assert run.best <= 0.75, f"seed {seed}: {run.best:.0%} right is more than a line can have"
         assert rights(*run.best_weights, XOR) / 4 == run.best, "the weights kept are not those that were best"
         assert run.losses[-1] == pytest.approx(math.log(2), abs=1e-3), f"seed {seed}: not at the lowest loss there is"
         assert min(run.losses) >= math.log(2) - 1e-12, "cross-entropy is convex here: nothing lies below ln 2"
+        fell_back += run.best > run.accuracy
+    assert fell_back, "some starts have more rows right on their way than at the end, but `best` never says so"
 
 
 def test_a_hidden_layer_solves_xor():
@@ -76,7 +98,7 @@ def test_a_hidden_layer_solves_xor():
     for seed in range(5):
         run = learn_table(*hidden_layer(Config(hidden=4), random.Random(seed)), XOR, steps=500, lr=1.0)
         assert run.accuracy == 1.0 and run.losses[-1] < 0.05, f"seed {seed}: XOR is not solved"
-        assert run.losses[-1] < run.losses[0] / 10
+        assert run.losses[-1] < run.losses[0] / 10, f"seed {seed}: the loss fell by less than a factor of 10"
 
 
 def sgd(model: torch.nn.Module, lr: float) -> None:
@@ -96,7 +118,10 @@ def test_training_arrays_follows_torch_step_by_step():
         for ours, parameter in zip(mlp.parameters(), theirs.parameters(), strict=True):
             parameter.copy_(torch.tensor(ours.data))
     x, targets = torch.tensor(points), torch.tensor(classes)
+    steps = 0
     for step, loss in descend(mlp, lambda: tensor.cross_entropy(mlp(Tensor(points)), classes), steps=50, lr=0.5):
+        steps += 1
+        assert step == steps, f"the step after {steps - 1} is {steps}, not {step}: the first one is 1"
         theirs.zero_grad()
         expected = torch.nn.functional.cross_entropy(theirs(x), targets)
         expected.backward()
@@ -104,6 +129,7 @@ def test_training_arrays_follows_torch_step_by_step():
         assert loss == pytest.approx(expected.item(), rel=1e-9), (
             f"step {step}: the loss leaves torch's path (gradients left over from the last step? the wrong direction?)"
         )
+    assert steps == 50, f"{steps} steps were made, 50 were asked for"
     for ours, parameter in zip(mlp.parameters(), theirs.parameters(), strict=True):
         np.testing.assert_allclose(ours.data, parameter.detach().numpy(), rtol=1e-8, err_msg="weights after 50 steps")
 
@@ -125,14 +151,15 @@ def test_training_scalars_follows_torch_step_by_step():
         assert loss == pytest.approx(expected.item(), rel=1e-9), f"step {step}: the loss leaves torch's path"
     rows = [torch.cat([linear.weight, linear.bias[:, None]], dim=1) for linear in theirs[::2]]  # a neuron a row
     weights = torch.cat([row.ravel() for row in rows]).tolist()
-    assert [parameter.data for parameter in mlp.parameters()] == pytest.approx(weights, rel=1e-8)
+    learned = [parameter.data for parameter in mlp.parameters()]
+    assert learned == pytest.approx(weights, rel=1e-8), "the weights after 30 steps are not torch's"
 
 
 def test_moons_are_two_half_circles_that_interleave():
     """Without noise each point lies on its half circle; both are as long, and each reaches into the other's bow."""
     points, classes = moons(2000, 0.0, np.random.default_rng(0))
     upper, lower = points[classes == 0], points[classes == 1]
-    assert len(upper) == len(lower) == 1000
+    assert len(upper) == len(lower) == 1000, f"{len(upper)} and {len(lower)} points: half of them on each moon"
     np.testing.assert_allclose(np.hypot(*upper.T), 1.0, rtol=1e-12, err_msg="radius 1 about (0, 0)")
     np.testing.assert_allclose(np.hypot(*(lower - [1.0, 0.5]).T), 1.0, rtol=1e-12, err_msg="radius 1 about (1, 0.5)")
     assert upper[:, 1].min() >= 0.0 and lower[:, 1].max() <= 0.5, "one opens downwards, the other upwards"
@@ -140,6 +167,10 @@ def test_moons_are_two_half_circles_that_interleave():
     noisy, _ = moons(2000, 0.3, np.random.default_rng(0))
     residual = np.hypot(*noisy[classes == 0].T) - 1.0
     assert residual.std() == pytest.approx(0.3, rel=0.1), "noise is the standard deviation about the moon"
+    moved = noisy - points  # the same seed, so the same points on the moons
+    together = np.corrcoef(moved[:, 0], moved[:, 1])[0, 1]
+    assert abs(together) < 0.1, f"the noise of x and y goes together ({together:.2f}): it is drawn for each coordinate"
+    assert np.allclose(moved.std(axis=0), 0.3, rtol=0.1), "noise is the standard deviation of each coordinate"
 
 
 def test_a_curve_beats_the_best_line_on_the_moons():
@@ -153,6 +184,28 @@ def test_a_curve_beats_the_best_line_on_the_moons():
             pass
         accuracy[name] = train.moons_accuracy(model, *fresh)
     assert accuracy["curve"] > 0.97 and 0.8 < accuracy["line"] < 0.92, f"got {accuracy}"
+
+
+def test_the_figures_show_the_probability_of_class_one():
+    """The colours of the figures are P(class 1): softmax's second column, or the sigmoid of a lone logit."""
+    rng = np.random.default_rng(0)
+    points, mlp = rng.normal(size=(9, 2)), TensorMLP((2, 3, 2), "tanh", rng)
+    expected = torch.softmax(torch.tensor(mlp(Tensor(points)).data), 1)[:, 1].numpy()
+    found = train.moons_probability(mlp, points)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg="not softmax of the two logits, second column")
+    _, logit = lone_neuron(random.Random(0))
+    expected = [1 / (1 + math.exp(-logit(point).data)) for point in points]
+    found = train.table_probability(logit, points)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg="not 1 / (1 + e^-z) of the logit z")
+
+
+def test_the_xor_figure_shows_the_neuron_at_its_best():
+    """The XOR figure draws the neuron's best weights, three of four right: at the end all its weights are zero."""
+    alone = [learn_table(*lone_neuron(random.Random(seed)), XOR, steps=300, lr=1.0) for seed in range(2)]
+    layered = [learn_table(*hidden_layer(Config(), random.Random(0)), XOR, steps=300, lr=1.0)]
+    titles = [axes.get_title() for axes in train.draw_xor(alone, layered).axes]
+    assert "75%" in titles[0], f"{titles[0]!r} is drawn with the weights of the last step, not with the best"
+    assert "100%" in titles[1], f"{titles[1]!r}: a hidden layer solves XOR"
 
 
 def test_the_moons_are_judged_on_points_not_trained_on(tmp_path):
@@ -176,7 +229,8 @@ def test_a_run_leaves_figures_and_numbers(tmp_path, monkeypatch, capsys):
         summary = json.loads((tmp_path / name / "summary.json").read_text("utf-8"))
         summaries.append({key: value for key, value in summary.items() if key not in ("run", "seconds")})
     assert summaries[0] == summaries[1], "the same seed must give the same numbers"
-    assert summaries[0]["xor_neuron_best"] <= 0.75 < summaries[0]["moons_mlp_accuracy"]
+    best, moons_right = summaries[0]["xor_neuron_best"], summaries[0]["moons_mlp_accuracy"]
+    assert best <= 0.75 < moons_right, f"one neuron on XOR {best:.0%}, two hidden layers on the moons {moons_right:.0%}"
     for figure in ("xor.png", "moons.png"):
         png = (tmp_path / "a" / figure).read_bytes()
         assert png.startswith(b"\x89PNG") and 5_000 < len(png) < 100_000, f"{figure} has {len(png)} bytes"
@@ -184,8 +238,17 @@ def test_a_run_leaves_figures_and_numbers(tmp_path, monkeypatch, capsys):
     lessons = {json.loads(line)["lesson"] for line in lines}
     assert len(lessons) == 5, f"a line for each lesson: {lessons}"
     screen = capsys.readouterr().out
-    assert "% at best" in screen
-    assert str(tmp_path / "a") in screen.replace("\n", "")
+    assert "% at best" in screen, "the table at the end does not say how many rows of XOR one neuron got right"
+    assert str(tmp_path / "a") in screen.replace("\n", ""), "the last line does not say where the figures are"
+
+
+def test_the_table_counts_numbers_not_arrays():
+    """The table at the end counts every weight and bias, one by one in a Value or many in a Tensor."""
+    scalars, _ = hidden_layer(Config(hidden=4), random.Random(0))
+    arrays = TensorMLP((2, 16, 16, 2), "tanh", np.random.default_rng(0))
+    for model, count in ((scalars, 17), (arrays, 354)):  # (2 + 1) 4 + (4 + 1) and (2 + 1) 16 + (16 + 1) 16 + (16 + 1) 2
+        found = train.row("", "", train.MoonsRun(model, [0.0], 1.0), "")["parameters"]
+        assert found == count, f"{type(model).__name__} has {count} parameters, not {found}"
 
 
 def test_each_seed_gives_its_own_starts(tmp_path):
@@ -196,29 +259,32 @@ def test_each_seed_gives_its_own_starts(tmp_path):
         runs = train.lesson_xor(Config(seed=seed, starts=3, steps=1), log, "one neuron", lone_neuron)
         return [run.losses[0] for run in runs]
 
-    assert first_losses(1) == first_losses(1)
+    assert first_losses(1) == first_losses(1), "the same seed begins with other weights"
     assert len({*first_losses(1), *first_losses(5)}) == 6, "two starts begin with the same weights"
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, named",
     [
-        (["--seed", "-1"], "--seed is -1: it must not be negative"),
-        (["--starts", "0"], "--starts is 0: it must be at least 1"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--moons-steps", "-5"], "--moons-steps is -5"),
-        (["--points", "0"], "--points is 0"),
-        (["--lr", "0"], "--lr is 0: it must lie in"),
-        (["--moons-lr", "nan"], "--moons-lr is nan"),
-        (["--noise", "-1"], "--noise is -1"),
-        (["--steps", "many"], "invalid int value"),
-        (["--step", "5"], "unrecognized arguments: --step"),
-        (["--name", "../x"], "run name"),
+        (["--seed", "-1"], "--seed"),
+        (["--starts", "0"], "--starts"),
+        (["--steps", "0"], "--steps"),
+        (["--moons-steps", "-5"], "--moons-steps"),
+        (["--points", "0"], "--points"),
+        (["--lr", "0"], "--lr"),
+        (["--lr", "1000"], "--lr"),
+        (["--moons-lr", "nan"], "--moons-lr"),
+        (["--noise", "-1"], "--noise"),
+        (["--noise", "nan"], "--noise"),
+        (["--steps", "many"], "--steps"),
+        (["--step", "5"], "--step"),
+        (["--name", "../x"], "name"),
     ],
 )
-def test_impossible_settings_are_refused(flags, message, tmp_path, monkeypatch):
-    """A setting that makes no sense ends the run at once with what is allowed."""
+def test_impossible_settings_are_refused(flags, named, tmp_path, monkeypatch):
+    """A setting that makes no sense ends the run at once, and the message names the flag."""
     monkeypatch.setenv("STAGES_OUT", str(tmp_path))
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=named):
         train.main(flags)
+        pytest.fail(f"{' '.join(flags)} is not refused")
     assert not list(tmp_path.iterdir()), "nothing may be written for a run that cannot start"

@@ -13,4 +13,4 @@ def test_the_demo_draws_the_neuron(tmp_path, monkeypatch, capsys):
         assert f'"{name}\\ndata' in dot, f"{name} is not drawn"
     assert "w\\ndata -2\\ngrad -0.823" in dot, "the drawing comes after backward, or it shows no gradients"
     screen = capsys.readouterr().out
-    assert "not installed" in screen and "graph.dot" in screen
+    assert "not installed" in screen and "graph.dot" in screen, f"say why there is no picture: {screen!r}"
