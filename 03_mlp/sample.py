@@ -96,7 +96,7 @@ def main(argv=None):
     config = options.build(SampleConfig, args)
     device = setup(args.device, args.seed)
 
-    model, tokenizer = load(run_folder(__file__, args.name) / "model.pt", device)
+    model, tokenizer, *_ = load(run_folder(__file__, args.name) / "model.pt", device)
     ids = torch.tensor([tokenizer.encode(args.prompt)], dtype=torch.long, device=device)
     # Before the prompt stands token 0, the line break in most texts, as far back as the model sees.
     context = F.pad(ids, (model.config.block_size, 0))

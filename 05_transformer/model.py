@@ -169,7 +169,6 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens [B, T] -> scores [B, T, V]: position t scores every candidate for token t + 1.
 
-    A transformer's decoder on its own.
     Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018).
     """
 

@@ -110,7 +110,7 @@ def main(argv=None):
     config = options.build(SampleConfig, args)
     device = setup(args.device, args.seed)
 
-    model, tokenizer = load(run_folder(__file__, args.name) / "model.pt", device)
+    model, tokenizer, *_ = load(run_folder(__file__, args.name) / "model.pt", device)
     ids = torch.tensor([tokenizer.encode(args.prompt)], dtype=torch.long, device=device)
     say(args.prompt, end="")
     for token in itertools.islice(generate(model, ids, config), args.length):

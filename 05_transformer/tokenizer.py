@@ -24,5 +24,5 @@ class CharTokenizer:
             raise BadInput(f"character {error.args[0]!r} is not among the {len(self)} known: {self.chars!r}") from None
 
     def decode(self, ids) -> str:
-        """Token ids, a list or a tensor [N] -> text of N characters."""
+        """Token ids, a list or a tensor [N] -> text."""
         return "".join(self.chars[i] for i in ids)

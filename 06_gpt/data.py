@@ -1,4 +1,4 @@
-"""A text as tokens, split in two, and the examples a model learns from: windows and the token that follows each.
+"""A text as tokens, split in two, and the examples a model learns from: some context and the token that follows.
 
 The tokens stand in a file, of which a memory map loads only the pages that a batch touches. Documents are separated by
 `<|endoftext|>` in the text and by one special token in the file.
@@ -20,14 +20,14 @@ from tokenizer import END, train_tokenizer
 
 
 def split(text: str) -> tuple[str, str]:
-    """The first 90 % of the characters to train on, the rest to validate on; no cut goes through an `<|endoftext|>`.
+    """The first 90 % of the characters to train on, the rest to validate on.
 
     By position, before any window is cut: a random split of windows would put nearly the same stretch of text
     on both sides, and the validation loss would reward learning by heart.
     """
     cut = int(0.9 * len(text))
     mark = text.find(END, max(0, cut - len(END) + 1), cut + len(END) - 1)
-    if mark >= 0:
+    if mark >= 0:  # the cut goes through an end mark
         cut = mark + len(END)
     return text[:cut], text[cut:]
 
@@ -49,7 +49,6 @@ def encode(text: str, tokenizer) -> torch.Tensor:
 
 def in_file(path: Path, data: torch.Tensor) -> torch.Tensor:
     """The tokens `data` [N], written to `path`, two bytes each, and read from there as they are needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, data.numpy().tobytes())
     return torch.from_numpy(np.memmap(path, dtype=np.uint16, mode="c"))  # "c": torch wants it writable, the file is not
 

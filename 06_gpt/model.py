@@ -27,7 +27,7 @@ class ModelConfig:
     vocab_size: int
     block_size: int = 64  # positions the model can look back over
     n_embd: int = 64  # channels of each position's vector
-    n_head: int = 2  # attention heads, each on its own n_embd / n_head channels; few wide ones are faster on a CPU
+    n_head: int = 2  # attention heads, each on its own n_embd / n_head channels
     n_layer: int = 4  # blocks: each one attends once and thinks once
     dropout: float = 0.0  # share of activations zeroed in training; pays once the text is read many times over
 
@@ -127,11 +127,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C].
-
-    GELU is x times the chance that a standard normal is below x: a ReLU with a soft corner (Hendrycks & Gimpel 2016).
-    GPT-2 works it out with tanh, which is off by less than 0.001.
-    """
+    """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -142,6 +138,7 @@ class FeedForward(nn.Module):
         variance_scaling_(self.proj, gain=math.sqrt(2) / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
+        # GELU (Hendrycks & Gimpel 2016): a ReLU with a soft corner, worked out with tanh as GPT-2 does.
         return self.dropout(self.proj(F.gelu(self.fc(x), approximate="tanh")))
 
 

@@ -110,7 +110,7 @@ def main(argv=None):
     config = options.build(SampleConfig, args)
     device = setup(args.device, args.seed)
 
-    model, tokenizer, _ = load(run_folder(__file__, args.name) / "model.pt", device)
+    model, tokenizer, *_ = load(run_folder(__file__, args.name) / "model.pt", device)
     ids = torch.tensor([tokenizer.encode(args.prompt)], dtype=torch.long, device=device)
     say(args.prompt, end="")
     part = []  # tokens that do not make whole characters yet: one of several bytes may be cut between two tokens

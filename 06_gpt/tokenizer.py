@@ -20,7 +20,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 
 class CharTokenizer:
-    """The distinct characters of a text, numbered in sorted order; after them the special tokens.
+    """The distinct characters of a text, numbered in sorted order.
 
     CharTokenizer("hello").chars == "ehlo", so "hole" encodes to [1, 3, 2, 0].
     """

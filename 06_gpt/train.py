@@ -79,11 +79,8 @@ PRESETS = {
 
 
 def log_probs(model, x, y, precision: str = "float32"):
-    """ln P of each token of y, given those of x up to its place: [B, T] x 2 -> [B, T], in nats.
-
-    Under autocast the matrix products run in bfloat16; the logarithm needs more than its 8 bits of precision and stays
-    in float32.
-    """
+    """ln P of each token of y, given those of x up to its place: [B, T] x 2 -> [B, T], in nats."""
+    # The products run in bfloat16; the logarithm needs more than its 8 bits of precision and stays in float32.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         logits = model(x)
     return -F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), reduction="none").view(y.shape)
@@ -193,7 +190,7 @@ def look(step: int, model, data, config: TrainConfig, log) -> float:
 
 
 def arguments(argv):
-    """The command line -> (flags, None), or with --resume (the run's own flags, its checkpoint)."""
+    """The command line as flags, and with --resume, which brings the run's own flags, the run's checkpoint."""
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", help="shakespeare, names, python-docs or a text file (default: shakespeare)")
     parser.add_argument("--tokenizer", choices=["char", "byte", "bpe"], default="char", help="default: char")
