@@ -47,10 +47,8 @@ class TrainConfig:
 
 
 def nll(model, x, y):
-    """Negative log-likelihood: the mean of -ln P(y | x) over the examples, in nats per token.
-
-    `cross_entropy` takes scores and does softmax, logarithm and mean in one numerically safe step.
-    """
+    """Negative log-likelihood: the mean of -ln P(y | x) over the examples, in nats per token."""
+    # Softmax, logarithm and mean in one numerically safe step, from scores.
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 

@@ -140,7 +140,7 @@ class FeedForward(nn.Module):
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         variance_scaling_(self.fc)
-        variance_scaling_(self.proj, gain=math.sqrt(2))  # ReLU zeroes half of its input, and with it half the power
+        variance_scaling_(self.proj, gain=math.sqrt(2))  # half of the units are silent, and with them half the power
 
     def forward(self, x):
         return self.proj(F.relu(self.fc(x)))

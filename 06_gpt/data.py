@@ -33,10 +33,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def encode(text: str, tokenizer) -> torch.Tensor:
-    """The tokens of `text` -> [N], uint16, one special token after each document but the last.
-
-    Raises BadInput for documents when the tokenizer has no special token.
-    """
+    """The tokens of `text` -> [N], uint16; an end token follows each document but the last, or BadInput without one."""
     ids = []
     for i, document in enumerate(text.split(END)):
         if i:

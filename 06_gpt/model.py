@@ -4,8 +4,7 @@ Unlike the plain transformer before it:
 
 - weights start smaller where they feed the residual stream, which sums all of them;
 - the token embedding is also the output layer (weight tying);
-- dropout, for runs long enough to learn the text by heart;
-- GELU in place of ReLU, and attention takes the fast path of the device it runs on.
+- GELU, dropout for long runs, and attention takes the fast path of the device it runs on.
 
 Shapes: B sequences in a batch, T positions, C = n_embd channels, H heads of D = C / H channels, V tokens.
 """
@@ -85,8 +84,7 @@ def attention(q, k, v, dropout: float = 0.0):
     """Each position's average of the values, weighted by how well its query fits their keys: [..., T, D] x 3 -> same.
 
     Vaswani et al., "Attention Is All You Need" (2017), equation 1, with the causal mask.
-    On a GPU one fused kernel does it and never stores the T x T weights; on a CPU two plain bfloat16 products are
-    faster at this length.
+    On a GPU one fused kernel never stores the T x T weights; on a CPU two plain products are faster at this length.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -107,10 +105,8 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, config.n_embd)  # what it hands over when found
         self.proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads brought
         self.dropout = nn.Dropout(config.dropout)
-        for layer in (self.query, self.key, self.value):
+        for layer in (self.query, self.key, self.value, self.proj):
             variance_scaling_(layer)
-        # The stream sums 2 * n_layer of these outputs: shrunk like this, the sum keeps its size at any depth.
-        variance_scaling_(self.proj, gain=1 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
         q, k, v = (self.split_heads(layer(x)) for layer in (self.query, self.key, self.value))  # each [B, H, T, D]
@@ -135,7 +131,7 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         variance_scaling_(self.fc)
-        variance_scaling_(self.proj, gain=math.sqrt(2) / math.sqrt(2 * config.n_layer))
+        variance_scaling_(self.proj, gain=math.sqrt(2))  # half of the units are silent, and with them half the power
 
     def forward(self, x):
         # GELU (Hendrycks & Gimpel 2016): a ReLU with a soft corner, worked out with tanh as GPT-2 does.
@@ -175,6 +171,10 @@ class GPT(nn.Module):
         self.pos_emb = nn.Parameter(torch.randn(config.block_size, config.n_embd) * config.n_embd**-0.5)  # [T, C]
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # The stream sums 2 * n_layer of these outputs: shrunk like this, the sum keeps its size at any depth.
+        for block in self.blocks:
+            block.attn.proj.weight.data /= math.sqrt(2 * config.n_layer)
+            block.ffn.proj.weight.data /= math.sqrt(2 * config.n_layer)
         self.norm = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.tok_emb.weight  # tokens that are used alike get vectors and scores alike

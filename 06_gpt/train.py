@@ -87,7 +87,7 @@ def log_probs(model, x, y, precision: str = "float32"):
 
 
 def nll(model, x, y, precision: str = "float32"):
-    """Negative log-likelihood: the mean of -ln P(y | x) over the tokens, in nats per token."""
+    """Negative log-likelihood: the mean of -ln P(y | x) over the examples, in nats per token."""
     return -log_probs(model, x, y, precision).mean()
 
 
