@@ -95,7 +95,7 @@ def course(tmp_path, monkeypatch):
 
 
 def git(*words: str) -> str:
-    return subprocess.run(["git", *words], check=True, capture_output=True, text=True, encoding="utf-8").stdout
+    return subprocess.run(["git", *words], check=True, capture_output=True, encoding="utf-8", timeout=60).stdout
 
 
 def run(*words: str) -> int:

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from course import finish, make, stages, start, write
+from course import finish, make, start, wait_for, write
 
 MODEL = """\
 def double(x):
@@ -85,7 +84,7 @@ def record(course: Path) -> dict:
 
 
 def test_each_checkpoint_is_shown_by_its_claim_and_its_failure_by_the_idea(course):
-    code, out, err = stages(course, "check", "1")
+    code, out, err = finish(course, "check", "1")
     body, last = out.rstrip().rsplit("\n\n", 1)
     assert body.splitlines() == SCREEN.splitlines()
     assert last.startswith("01_first: 2 of 7 checkpoints passed, 1 skipped in ")
@@ -95,10 +94,10 @@ def test_each_checkpoint_is_shown_by_its_claim_and_its_failure_by_the_idea(cours
 
 
 def test_without_a_name_it_is_the_stage_we_stand_in_and_at_the_root_all(course):
-    code, out, _ = stages(course / "02_second" / "tests", "check")
+    code, out, _ = finish(course / "02_second" / "tests", "check")
     assert code == 0 and "01_first" not in out
     assert list(record(course)) == ["02_second"]
-    code, out, _ = stages(course, "check")
+    code, out, _ = finish(course, "check")
     assert code == 1 and list(record(course)) == ["02_second", "01_first"]
     assert out.index("01_first  First") < out.index("02_second  Second")
 
@@ -115,7 +114,7 @@ def test_without_a_name_it_is_the_stage_we_stand_in_and_at_the_root_all(course):
 def test_a_slip_in_the_module_is_one_block_with_file_and_line(course, slip, line, error):
     write(course / "01_first", {"model.py": MODEL.replace("return 2 * x", slip)})
     write(course / "01_first", {"tests/test_more.py": TESTS})
-    code, out, _ = stages(course, "check", "1")
+    code, out, _ = finish(course, "check", "1")
     block = out[out.index("✗") :].splitlines()
     file = "tests/test_model.py" if "from model" in line else "model.py"
     number = (course / "01_first" / file).read_text("utf-8").splitlines()
@@ -129,23 +128,23 @@ def test_a_slip_in_the_module_is_one_block_with_file_and_line(course, slip, line
 
 
 def test_verbose_shows_pytests_own_output(course):
-    code, out, _ = finish(start(course, "check", "1", "--verbose"))
+    code, out, _ = finish(course, "check", "1", "--verbose")
     assert code == 1 and "test_model.py::test_small[3] FAILED" in out and ">       assert double(3) == 7" in out
     assert "✗" not in out and record(course)["01_first"]["passed"] == 2
 
 
 def test_the_users_own_pytest_options_do_not_count(course, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2")
-    code, _, err = stages(course, "check", "2")
+    code, _, err = finish(course, "check", "2")
     assert code == 0, f"an option of a plugin that is off: {err}"
 
 
 def test_a_stage_without_tests_and_a_broken_conftest_are_told(course):
     (course / "02_second" / "tests" / "test_other.py").unlink()
-    code, _, err = stages(course, "check", "2")
+    code, _, err = finish(course, "check", "2")
     assert (code, err) == (2, "error: 02_second has no checkpoints: its tests/ holds no test\n")
     write(course / "01_first", {"tests/conftest.py": "1 / 0\n"})
-    code, _, err = stages(course, "check", "1")
+    code, _, err = finish(course, "check", "1")
     assert code == 2 and "pytest broke down in 01_first" in err and "ZeroDivisionError" in err
     assert not (course / ".stages").exists(), "nothing ran, nothing is recorded"
 
@@ -167,7 +166,7 @@ def test_cuda():
 
 def test_what_this_machine_cannot_test_does_not_fail_the_stage(course):
     write(course / "02_second", {"tests/test_other.py": SKIPS})
-    code, out, _ = stages(course, "check", "2")
+    code, out, _ = finish(course, "check", "2")
     assert code == 0 and "✓ Runs everywhere. (1/2)" in out and "– Runs on a GPU." in out
     assert "02_second: 1 of 2 checkpoints passed, 1 skipped" in out
 
@@ -192,24 +191,21 @@ def test_results_appear_while_the_next_test_runs(course):
     with start(course, "check", "2", PYTHONUNBUFFERED="1") as process:
         lines = [process.stdout.readline().strip() for _ in range(5)]
         write(course / "02_second", {"seen": ""})
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate()
     assert lines[-2:] == ["tests/test_other.py", "✓ The first."]
     assert process.returncode == 0 and "✓ The second." in out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
 def test_ctrl_c_ends_pytest_too_and_keeps_the_earlier_record(course):
-    stages(course, "check", "2")
+    finish(course, "check", "2")
     before = record(course)
     write(course / "02_second", {"tests/test_other.py": WAITS})
     with start(course, "check", "2") as process:
-        started = course / "02_second" / "started"
-        deadline = time.monotonic() + 20
-        while not (started.exists() and started.read_text("utf-8")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        child = int(wait_for(course / "02_second" / "started"))
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate()
     assert (process.returncode, err) == (130, "stopped\n")
     with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text("utf-8")), 0)
+        os.kill(child, 0)
     assert record(course) == before

@@ -1,5 +1,6 @@
 """`shared.console`: a live line on a terminal, few plain lines elsewhere, and next to no cost."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from shared import console
 from shared.console import Progress, clock, number, progress, say, table
 
 import pytest
+
+from course import program, run
 
 
 def test_numbers_as_a_person_reads_them():
@@ -133,19 +136,12 @@ def test_on_a_terminal_the_line_is_redrawn_seldom_and_leaves_it_sane():
 
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "STAGES_TRACEBACK": "1"}
-    program = subprocess.Popen([sys.executable, "-c", LIVE], stdout=theirs, stderr=subprocess.DEVNULL, env=environment)
-    begin = time.perf_counter()
-    os.close(theirs)
-    out = b""
-    while True:
-        try:
-            block = os.read(ours, 65536)
-        except OSError:  # Linux' way to say that the other end is closed
-            break
-        if not block:
-            break
-        out += block
-    program.wait()
+    begin, out = time.perf_counter(), b""
+    with program([sys.executable, "-c", LIVE], stdout=theirs, stderr=subprocess.DEVNULL, env=environment):
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+            while block := os.read(ours, 65536):
+                out += block
     seconds = time.perf_counter() - begin
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode())
@@ -162,8 +158,8 @@ def test_in_a_pipe_and_in_other_ranks_nothing_is_redrawn():
     code = "from shared.console import progress\nwith progress(5, 'train') as bar:\n    bar.update(5)\n"
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
     outputs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment | more).stdout
+        run([sys.executable, "-c", code], env=environment | more)[1]
         for more in ({"RANK": "0"}, {"RANK": "1"})
     ]
-    assert outputs[0].split(b"  ")[:2] == [b"train", b"5/5"] and outputs[0].count(b"\n") == 1, outputs[0]
-    assert outputs[1] == b"", "under torchrun every rank speaks"
+    assert outputs[0].split("  ")[:2] == ["train", "5/5"] and outputs[0].count("\n") == 1, outputs[0]
+    assert outputs[1] == "", "under torchrun every rank speaks"

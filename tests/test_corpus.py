@@ -60,7 +60,7 @@ def server():
     if server.stall:
         server.stall.set()
     server.shutdown()
-    thread.join()
+    thread.join(60)
     server.server_close()
 
 
@@ -286,7 +286,7 @@ def test_python_docs_is_large_plain_and_the_same_whatever_was_imported():
         "print(hashlib.sha256(python_docs.text().encode()).hexdigest())"
     )
     found = subprocess.run(
-        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True,
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True, timeout=60,
         env={**os.environ, "PYTHONHASHSEED": "7"},
     ).stdout.strip()
     assert found == hashlib.sha256(text.encode()).hexdigest(), "the text depends on import state or hash order"
