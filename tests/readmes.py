@@ -8,7 +8,8 @@ from pathlib import Path
 
 from shared.errors import BadInput
 from shared.stages import cli, isolated, repo, run
-from shared.stages.changes import section
+
+from changes import section
 
 SECTIONS = ["Run it", "Checkpoints", "Measured", "Traps", "Exercises", "References"]  # after the idea and what changed
 PROGRAMS = {"git", "curl", "sh", "export", "powershell"}  # of the system: named, not checked
