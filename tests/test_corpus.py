@@ -1,5 +1,6 @@
 """`shared.corpus`: the right bytes or one clear line; never half a file. All offline, against a server of our own."""
 
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -251,6 +252,16 @@ def test_unknown_names_and_files_that_cannot_be_used(tmp_path, monkeypatch):
     ]:
         (tmp_path / "text.txt").write_bytes(content)
         refused(str(tmp_path / "text.txt"), words, "text.txt")
+
+
+def test_a_name_that_is_not_utf8(tmp_path, monkeypatch):
+    """Typed as such a byte, the name arrives as a surrogate, which no record and no terminal takes."""
+    monkeypatch.chdir(tmp_path)
+    refused("caf\udce9.txt", r"'caf\udce9.txt' is not UTF-8", "rename the file")
+    with contextlib.suppress(OSError):  # not every system can have such a file
+        (tmp_path / "caf\udce9.txt").write_text("text", encoding="utf-8")
+    refused("caf\udce9.txt", r"'caf\udce9.txt' is not UTF-8")
+    refused("\ud800", r"'\ud800' is not UTF-8")
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
