@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from shared.errors import BadInput
-from shared.stages import cli, isolated, repo, run
+from shared.stages import cli, repo, run
 
+import isolated
 from changes import section
 
 SECTIONS = ["Run it", "Checkpoints", "Measured", "Traps", "Exercises", "References"]  # after the idea and what changed

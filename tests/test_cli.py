@@ -96,6 +96,7 @@ def test_damaged_progress_counts_as_none(course):
         (["check", "7"], "01_first, 02_second"),
         (["diff", "7"], "01_first, 02_second"),
         (["carry", "7"], "01_first, 02_second"),
+        (["guard", "7"], "01_first, 02_second"),
         (["diff", "2", "--html", "."], "is a folder: name a file in it"),
         (["diff", "2", "--html", ""], "is a folder: name a file in it"),
         (["ladder", "--fast"], "--no-train"),

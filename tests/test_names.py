@@ -13,11 +13,11 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from shared.stages import isolated
 from shared.stages.repo import Stage, find, root, stages
 
 import pytest
 
+import isolated
 from course import forget_git, make, run, write
 from traps import copy
 

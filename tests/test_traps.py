@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from shared.stages import isolated
 from shared.stages.repo import root, stages
 
 import pytest
 
+import isolated
 from course import make
 from traps import copy, run, run_pytest, traps, verdict
 

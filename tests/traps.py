@@ -7,8 +7,9 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from shared.stages import isolated
-from shared.stages.child import BARE
+from shared.stages.check import BARE
+
+import isolated
 
 PATIENCE = 120  # seconds until a test counts as hanging
 FIELDS = {"name", "file", "find", "replace", "caught_by", "hint"}
@@ -58,7 +59,7 @@ def run(stage: Path, tests: list[str], scratch: Path) -> tuple[dict | None, str]
     file, output = scratch / "result.json", scratch / "output.txt"
     file.unlink(missing_ok=True)
     code = isolated.call(run_pytest, stage, output, tests, file, timeout=PATIENCE)
-    result = json.loads(file.read_text("utf-8")) if file.exists() else {"ends": {}, "broken": []}
+    result = json.loads(file.read_text("utf-8")) if file.exists() else {"ends": {}, "broken": {}}
     told = output.read_text("utf-8", errors="replace") if output.exists() else ""  # it may hang before the first word
     return result if code is not None else None, "\n".join(told.splitlines()[-25:])
 
@@ -72,7 +73,7 @@ def verdict(stage: Path, trap: dict[str, str], scratch: Path) -> str:
     if result is None:
         return f"{trap['caught_by']} never ends"
     if result["broken"]:
-        return f"the module cannot be imported: {result['broken'][0]['error']}"
+        return f"the module cannot be imported: {[*result['broken'].values()][0]}"
     if not result["ends"]:
         return f"{trap['caught_by']} did not run\n{output}"
     failures = [end["message"] for ends in result["ends"].values() for end in ends if end["outcome"] == "failed"]

@@ -11,10 +11,14 @@ from pathlib import Path
 from shared.console import console
 from shared.errors import BadInput
 from shared.stages import repo
-from shared.stages.child import BARE, run_child
 from shared.stages.results import Progress, record_progress
+from shared.stages.run import run_child
 
 from rich.markup import escape
+
+# What else is installed into pytest costs time at the start, and no checkpoint needs it. The user's own options may be
+# those of a plugin that is then missing.
+BARE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
 def check(folder: Path, verbose: bool = False) -> Progress:

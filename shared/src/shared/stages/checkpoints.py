@@ -5,10 +5,10 @@ the file that $STAGES_RESULT names:
 
     {"progress": {"total": 3, "passed": 2, "skipped": 0, "failed": ["tests/test_model.py::test_mask"]},
      "ends": {"tests/test_model.py::test_mask": [{"outcome": "failed", "message": "...", "where": "model.py:12"}]},
-     "broken": [{"file": "data.py", "line": 3, "code": "...", "error": "...", "tests": ["tests/test_data.py"]}]}
+     "broken": {"tests/test_data.py": "SyntaxError: invalid syntax"}}
 
-A parametrised test is one checkpoint, with one end for each parameter. What is broken is a slip because of which test
-files cannot be imported at all.
+A parametrised test is one checkpoint, with one end for each parameter. Broken are test files that cannot be imported,
+mostly because of a slip in the module they test.
 """
 
 import json
@@ -72,7 +72,7 @@ class Checkpoints:
         self.now("collecting the checkpoints")
 
     def pytest_exception_interact(self, node, call, report):
-        """A test file that cannot be imported, mostly because of a slip in the module it tests."""
+        """A test file that cannot be imported."""
         if isinstance(report, pytest.CollectReport):
             error = call.excinfo.value.__cause__ or call.excinfo.value  # pytest wraps what went wrong
             slip = *place(error, self.top), first_words(error)
@@ -112,11 +112,10 @@ class Checkpoints:
         self.live.stop()
         self.draw_broken()
         if os.environ.get("STAGES_RESULT"):
-            names = ("file", "line", "code", "error", "tests")
             result = {
                 "progress": asdict(self.progress()),
                 "ends": {name: list(map(asdict, ends)) for name, ends in self.ends.items()},
-                "broken": [dict(zip(names, (*slip, tests), strict=True)) for slip, tests in self.broken.items()],
+                "broken": {file: error for (*_, error), files in self.broken.items() for file in files},
             }
             write(Path(os.environ["STAGES_RESULT"]), json.dumps(result))
 

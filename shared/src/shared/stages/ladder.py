@@ -24,8 +24,8 @@ from shared.atomic import write
 from shared.console import console, say
 from shared.errors import BadInput
 from shared.stages import repo
-from shared.stages.child import run_child
 from shared.stages.results import summaries
+from shared.stages.run import run_child
 
 START, END = "<!-- ladder -->", "<!-- /ladder -->"
 FIGURE = "shared/ladder.png"

@@ -26,7 +26,7 @@ def context():
 def call(function: Callable, folder: Path, output: Path, *args, timeout: float = 60) -> int | None:
     """Call `function(*args)` in `folder`, what it prints going to the file `output`: its exit code, None if it hangs.
 
-    The function must be one that the new process can import. Nothing that it started outlives it.
+    The function must be one of a module in this folder. Nothing that it started outlives it.
     """
     process = context().Process(target=enter, args=(function, folder, output, args))
     process.start()
