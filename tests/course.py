@@ -94,6 +94,22 @@ def run(words: list[str], limit: float = LIMIT, **options) -> tuple[int, str, st
     return process.returncode, out, err
 
 
+def on_terminal(words: list[str], **options) -> str:
+    """What a program writes to a terminal of 100 columns, escape sequences included."""
+    import pty  # not on Windows
+
+    ours, theirs = pty.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | options.pop("env", {})
+    out = b""
+    with program(words, stdout=theirs, stderr=subprocess.DEVNULL, env=env, **options):
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+            while block := os.read(ours, 65536):
+                out += block
+    os.close(ours)
+    return out.decode("utf-8")
+
+
 def start(folder: Path, *words: str, **env):
     """`stages words...` in `folder` as a program of its own: a context, as `program` is."""
     # A shell lets what it starts in the background ignore Ctrl-C, and every child would do so too.

@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from course import finish, make, start, wait_for, write
+from course import finish, make, on_terminal, program, start, wait_for, write
 
 MODEL = """\
 def double(x):
@@ -196,6 +197,32 @@ def test_results_appear_while_the_next_test_runs(course):
     assert process.returncode == 0 and "✓ The second." in out
 
 
+PRINTS = """\
+import os
+import pytest
+from shared.console import console
+
+@pytest.mark.parametrize("way", ["kept", "killed"])
+def test_a(way):
+    \"\"\"A claim that is read while it is tested.\"\"\"
+    console.print("printed by the test")
+    if way == os.environ.get("WAY"):
+        os._exit(9)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals")
+@pytest.mark.parametrize("way", ["", "killed"])
+def test_a_terminal_shows_what_is_being_tested_and_is_left_sane(course, way):
+    write(course, {"02_second/tests/test_other.py": PRINTS})
+    words = [sys.executable, "-c", "from shared.stages.cli import main; main()", "check", "2"]
+    out = on_terminal(words, cwd=course, env={"WAY": way})
+    assert "collecting the checkpoints" in out and "\x1b[2mA claim that is read" in out
+    assert "printed by the test" not in out, "what a test prints is the test's"
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor stays hidden"
+    assert ("1 of 1 checkpoints passed" in out) == (way == "")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
 def test_ctrl_c_ends_pytest_too_and_keeps_the_earlier_record(course):
     finish(course, "check", "2")
@@ -209,3 +236,31 @@ def test_ctrl_c_ends_pytest_too_and_keeps_the_earlier_record(course):
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert record(course) == before
+
+
+STUBBORN = """\
+import os, signal, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+Path("started").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+PATIENT = """\
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from shared.stages.run import run_child
+run_child([sys.executable, "stubborn.py"], patience=0.2)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
+def test_a_program_that_does_not_hear_ctrl_c_is_ended(tmp_path):
+    """As one that was started where Ctrl-C is ignored: without a limit, `stages check` would wait for its end."""
+    write(tmp_path, {"stubborn.py": STUBBORN})
+    with program([sys.executable, "-c", PATIENT], cwd=tmp_path) as process:
+        child = int(wait_for(tmp_path / "started"))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode != 0 and err == "stopped\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

@@ -1,9 +1,7 @@
 """`shared.console`: a live line on a terminal, few plain lines elsewhere, and next to no cost."""
 
-import contextlib
 import os
 import re
-import subprocess
 import sys
 import time
 
@@ -12,7 +10,7 @@ from shared.console import Progress, clock, number, progress, say, table
 
 import pytest
 
-from course import program, run
+from course import on_terminal, run
 
 
 def test_numbers_as_a_person_reads_them():
@@ -132,26 +130,17 @@ with progress(10, "broken") as bar:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal_the_line_is_redrawn_seldom_and_leaves_it_sane():
-    import pty
-
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "STAGES_TRACEBACK": "1"}
-    begin, out = time.perf_counter(), b""
-    with program([sys.executable, "-c", LIVE], stdout=theirs, stderr=subprocess.DEVNULL, env=environment):
-        os.close(theirs)
-        with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
-            while block := os.read(ours, 65536):
-                out += block
+    begin = time.perf_counter()
+    out = on_terminal([sys.executable, "-c", LIVE], env={"STAGES_TRACEBACK": "1"})
     seconds = time.perf_counter() - begin
-    os.close(ours)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode())
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
     frames = re.findall(r"train \S+ [\d,]+/400", text)
     assert 3 <= len(set(frames)), f"not live: {frames}"
     assert len(frames) <= 10 * seconds + 6, f"{len(frames)} redraws in {seconds:.1f} s"
     assert "400/400  loss 1.002" in text and "printed meanwhile" in text and "[said] meanwhile" in text
     assert text.index("printed meanwhile") < text.index("400/400")
     assert "broken" in text and "3/10" in text
-    assert out.rindex(b"\x1b[?25h") > out.rindex(b"\x1b[?25l"), "the cursor stays hidden after Ctrl-C"
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor stays hidden after Ctrl-C"
 
 
 def test_in_a_pipe_and_in_other_ranks_nothing_is_redrawn():
