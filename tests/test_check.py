@@ -172,6 +172,31 @@ def test_what_this_machine_cannot_test_does_not_fail_the_stage(course):
     assert "02_second: 1 of 2 checkpoints passed, 1 skipped" in out
 
 
+TWICE = """\
+import pytest
+
+@pytest.fixture
+def table():
+    yield
+    raise OSError("the table is gone")
+
+def test_first(table):
+    \"\"\"Fails twice.\"\"\"
+    assert 1 > 2, "the idea"
+
+def test_second(table):
+    \"\"\"Fails afterwards.\"\"\"
+"""
+
+
+def test_the_first_failure_is_the_one_that_is_told(course):
+    write(course, {"02_second/tests/test_other.py": TWICE})
+    code, out, _ = finish(course, "check", "2")
+    assert code == 1 and out.count("✗") == 2
+    assert "the idea" in out.split("✗")[1] and "the table is gone" not in out.split("✗")[1]
+    assert "OSError: the table is gone" in out.split("✗")[2], "what fails after a test fails the test"
+
+
 WAITS = """\
 import time
 from pathlib import Path

@@ -58,7 +58,6 @@ def run_child(words: list[str], patience: float, **options) -> int:
 
     Ctrl-C reaches it too: it has `patience` seconds to save its work and to end. `options` are those of Popen.
     """
-    sys.stdout.flush()  # what we have said stands above what it says
     child = subprocess.Popen(words, **options)
     try:
         return child.wait()
