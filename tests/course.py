@@ -3,11 +3,17 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from shared.stages import cli
+
+LIMIT = 60  # seconds that a program has; the machine may be busy
 
 STAGE = """\
 [project]
@@ -55,17 +61,78 @@ def make(top: Path, stages: dict[str, dict[str, str]]) -> Path:
     return top
 
 
-def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    """`stages words...` as its own process in `folder`, output piped as text, at the head of its own process group."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from shared.stages.cli import main; main()", *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | options,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        start_new_session=True,
-    )
+@contextlib.contextmanager
+def program(words: list[str], limit: float = LIMIT, **options) -> Iterator[subprocess.Popen]:
+    """A program at the head of its own process group, its output piped as text; `options` are those of Popen.
+
+    After `limit` seconds, and on the way out, the whole group is killed: no wait is without end, not even one for the
+    next line, and nothing that the program started outlives the test.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(words, start_new_session=True, **pipes | options) as process:
+        watchdog = threading.Timer(limit, kill, [process])
+        watchdog.start()
+        try:
+            yield process
+        finally:
+            watchdog.cancel()
+            kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a program and its whole group."""
+    process.kill()
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # none of them is left
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(words: list[str], limit: float = LIMIT, **options) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program; the code is negative if it had to be killed."""
+    with program(words, limit, **options) as process:
+        out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def on_terminal(words: list[str], **options) -> str:
+    """What a program writes to a terminal of 100 columns, escape sequences included."""
+    import pty  # not on Windows
+
+    ours, theirs = pty.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | options.pop("env", {})
+    out = b""
+    with program(words, stdout=theirs, stderr=subprocess.DEVNULL, env=env, **options):
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+            while block := os.read(ours, 65536):
+                out += block
+    os.close(ours)
+    return out.decode("utf-8")
+
+
+def start(folder: Path, *words: str, **env):
+    """`stages words...` in `folder` as a program of its own: a context, as `program` is."""
+    # A shell lets what it starts in the background ignore Ctrl-C, and every child would do so too.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from shared.stages.cli import main; main()"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"} | env
+    return program([sys.executable, "-c", code, *words], cwd=folder, env=env)
+
+
+def finish(folder: Path, *words: str, **env) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `stages words...` in `folder` as a program of its own."""
+    with start(folder, *words, **env) as process:
+        out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def wait_for(file: Path) -> str:
+    """What is written in `file`, once it is there."""
+    deadline = time.monotonic() + LIMIT
+    while not (file.exists() and file.stat().st_size):
+        assert time.monotonic() < deadline, f"{file.name} was never written"
+        time.sleep(0.02)
+    return file.read_text("utf-8")
 
 
 def stages(folder: Path, *words: str) -> tuple[int, str, str]:
@@ -77,10 +144,3 @@ def stages(folder: Path, *words: str) -> tuple[int, str, str]:
         except SystemExit as end:
             return end.code, out.getvalue(), err.getvalue()
     raise AssertionError("a program ends with an exit code")
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a process that has been started."""
-    with process:
-        out, err = process.communicate(timeout=60)
-    return process.returncode, out, err

@@ -5,9 +5,10 @@ Where there is no fork (Windows) they are ordinary new processes.
 
 import multiprocessing
 import os
-import runpy
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PRELOAD = ["torch", "pytest", "numpy", "matplotlib.pyplot", "rich.console", "shared.device", "shared.runlog"]
@@ -25,22 +26,33 @@ def context():
 def call(function: Callable, folder: Path, output: Path, *args, timeout: float = 60) -> int | None:
     """Call `function(*args)` in `folder`, what it prints going to the file `output`: its exit code, None if it hangs.
 
-    The function must be one of a module in this folder.
+    The function must be one of a module in this folder. Nothing that it started outlives it.
     """
     process = context().Process(target=enter, args=(function, folder, output, args))
     process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
+    try:
+        process.join(timeout)
+        return process.exitcode
+    finally:
+        kill(process)
         process.join()
-        return None
-    return process.exitcode
+
+
+def kill(process: multiprocessing.Process) -> None:
+    """End a process and all that it started."""
+    process.kill()
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):  # none of them is left
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def enter(function: Callable, folder: Path, output: Path, args: tuple) -> None:
     """The first thing that the new process does."""
     import torch
 
+    if os.name == "posix":
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     os.chdir(folder)
     sys.stdout.flush()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -48,20 +60,3 @@ def enter(function: Callable, folder: Path, output: Path, args: tuple) -> None:
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     sys.exit(function(*args))
-
-
-def run_pytest(words: list[str], report: Path) -> int:
-    """pytest in this process, its events written to `report` by shared.stages.report."""
-    import pytest
-
-    # A stage's tests need no plugin, and importing what happens to be installed costs more than the fork. The user's
-    # own options may be those of a plugin that is then missing.
-    os.environ |= {"STAGES_REPORT": str(report), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    return pytest.main(["-q", "-p", "shared.stages.report", "-p", "no:cacheprovider", *words])
-
-
-def run_script(script: str, words: list[str]) -> None:
-    """A script in this process, as `python script words...` does it."""
-    sys.argv = [script, *words]
-    sys.path[0:0] = [str(Path(script).resolve().parent)]
-    runpy.run_path(script, run_name="__main__")

@@ -1,14 +1,16 @@
 """What a README promises, held against what is there: sections, commands, options, test names, links, images."""
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 from shared.errors import BadInput
 from shared.stages import cli, repo, run
-from shared.stages.changes import section
 
 import isolated
+from changes import section
 
 SECTIONS = ["Run it", "Checkpoints", "Measured", "Traps", "Exercises", "References"]  # after the idea and what changed
 PROGRAMS = {"git", "curl", "sh", "export", "powershell"}  # of the system: named, not checked
@@ -50,6 +52,13 @@ def commands(text: str) -> list[list[list[str]]]:
                     words[-1].append(word)
         blocks.append([command for command in words if command])
     return blocks
+
+
+def run_script(script: str, words: list[str]) -> None:
+    """A script in this process, as `python script words...` does it."""
+    sys.argv = [script, *words]
+    sys.path[0:0] = [str(Path(script).resolve().parent)]
+    runpy.run_path(script, run_name="__main__")
 
 
 class Reader:
@@ -137,7 +146,7 @@ class Reader:
             if not flags:
                 continue
             output = scratch / "help.txt"
-            code = isolated.call(isolated.run_script, folder, output, script, ["--help"])
+            code = isolated.call(run_script, folder, output, script, ["--help"])
             told = output.read_text("utf-8", errors="replace")
             if code != 0:
                 self.problems.append(f"{folder.name}/{script} --help ends with {code}: {told[-300:]}")

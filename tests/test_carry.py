@@ -95,7 +95,7 @@ def course(tmp_path, monkeypatch):
 
 
 def git(*words: str) -> str:
-    return subprocess.run(["git", *words], check=True, capture_output=True, text=True, encoding="utf-8").stdout
+    return subprocess.run(["git", *words], check=True, capture_output=True, encoding="utf-8", timeout=60).stdout
 
 
 def run(*words: str) -> int:
@@ -403,7 +403,8 @@ def test_work_in_progress_in_a_later_stage_stays_there(course):
     assert (course / "03_c/model.py").read_text("utf-8") == edit(
         COURSE["03_c"]["model.py"], FIX, ("return GPT()", "return GPT(3)")
     )
-    assert (course / "04_d/model.py").read_text("utf-8") == edit(COURSE["04_d"]["model.py"], FIX)
+    for stage in ("04_d", "05_e"):
+        assert (course / stage / "model.py").read_text("utf-8") == edit(COURSE[stage]["model.py"], FIX), stage
 
 
 def test_line_ends_blank_lines_and_modes_are_kept(course, capsys):
@@ -472,3 +473,56 @@ def test_without_a_repository_it_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match="needs a git repository"):
         run("1")
+
+
+HINT = ("def attention(q, k):\n", "def attention(q, k):\n    # under way\n")
+
+
+def test_work_in_progress_in_the_mended_definition_stays_there_too(course, capsys):
+    """What was not committed in 03 before the fix came is not carried on from there, only the fix is."""
+    change(course / "03_c/model.py", HINT, ("    return GPT()", "    return GPT(3)"))
+    change(course / "02_b/model.py", FIX)
+    assert run("2") == 0
+    wanted = edit(COURSE["03_c"]["model.py"], FIX, HINT, ("return GPT()", "return GPT(3)"))
+    assert (course / "03_c/model.py").read_text("utf-8") == wanted
+    for stage in ("04_d", "05_e"):
+        assert (course / stage / "model.py").read_text("utf-8") == edit(COURSE[stage]["model.py"], FIX), stage
+    before = git("diff")
+    assert run("2") == 0 and git("diff") == before, "carried twice, it changes nothing more"
+
+
+def test_a_fix_that_was_made_by_hand_in_a_later_stage_goes_on_from_there(course, capsys):
+    change(course / "03_c/model.py", FIX)
+    change(course / "02_b/model.py", FIX)
+    assert run("2") == 0
+    assert [row[3] for row in table_rows(capsys.readouterr().out)] == ["already there", "carried", "carried"]
+    assert (course / "05_e/model.py").read_text("utf-8") == edit(COURSE["05_e"]["model.py"], FIX)
+
+
+def test_a_conflict_with_the_committed_text_that_was_settled_by_hand_goes_on_from_there(course, capsys):
+    """03 has rewritten the lines that the fix changes; uncommitted, it already says what the fix says."""
+    rewritten = ("    scores = scores * SCALE\n    return scores\n", "    return scores * SCALE\n")
+    for stage in ("03_c", "04_d", "05_e"):
+        change(course / stage / "model.py", rewritten)
+    git("commit", "-q", "-a", "-m", "rewritten")
+    change(course / "02_b/model.py", FIX)
+    change(course / "03_c/model.py", (rewritten[1], FIX[1] + "    return scores\n"))
+    assert run("2") == 0
+    assert [row[3] for row in table_rows(capsys.readouterr().out)] == ["already there", "carried", "carried"]
+    assert FIX[1] in (course / "05_e/model.py").read_text("utf-8")
+
+
+def test_work_in_progress_stays_where_it_is_when_a_conflict_is_resolved(course, capsys):
+    forward = "    def forward(self, x):\n"
+    change(course / "03_c/model.py", HINT, (forward, forward + "        # under way\n"))
+    stop(course)
+    resolve(course)
+    assert "# under way" in definitions((course / "03_c/model.py").read_text("utf-8"))["GPT.forward"].text
+    assert run("--continue") == 0
+    for stage in ("04_d", "05_e"):
+        wanted = edit(
+            COURSE[stage]["model.py"], FIX, ("self.block(x)\n        return x", "self.block(x)\n        return -x")
+        )
+        assert (course / stage / "model.py").read_text("utf-8") == wanted, stage
+        if (course / stage / "data.py").exists():
+            assert (course / stage / "data.py").read_text("utf-8") == "def load():\n    return 2\n"

@@ -4,11 +4,12 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from shared.stages import changes
-from shared.stages.changes import parse, problems, section, skeleton
 from shared.stages.repo import Stage, root, stages
 
 import pytest
+
+import changes
+from changes import parse, problems, section, skeleton
 
 STAGES = stages(root(Path(__file__).parent))
 PAIRS = [(a, b) for a, b in pairwise(STAGES) if b.trunk() and (b.path / "README.md").is_file()]
@@ -20,7 +21,7 @@ def test_readme_table_is_what_changed(old, new):
     title = f"What changed since {old.name[:2]}"
     assert section(readme, title), f'{new.name}/README.md has no section "## {title}"'
     found = problems(readme, old, new)
-    assert not found, f"uv run python -m shared.stages.changes {new.number} prints the right table\n" + "\n".join(found)
+    assert not found, f"uv run python tests/changes.py {new.number} prints the right table\n" + "\n".join(found)
 
 
 OLD = {

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
-from course import finish, make, stages, start, write
+from course import finish, make, on_terminal, program, start, wait_for, write
 
 MODEL = """\
 def double(x):
@@ -85,7 +85,7 @@ def record(course: Path) -> dict:
 
 
 def test_each_checkpoint_is_shown_by_its_claim_and_its_failure_by_the_idea(course):
-    code, out, err = stages(course, "check", "1")
+    code, out, err = finish(course, "check", "1")
     body, last = out.rstrip().rsplit("\n\n", 1)
     assert body.splitlines() == SCREEN.splitlines()
     assert last.startswith("01_first: 2 of 7 checkpoints passed, 1 skipped in ")
@@ -95,10 +95,10 @@ def test_each_checkpoint_is_shown_by_its_claim_and_its_failure_by_the_idea(cours
 
 
 def test_without_a_name_it_is_the_stage_we_stand_in_and_at_the_root_all(course):
-    code, out, _ = stages(course / "02_second" / "tests", "check")
+    code, out, _ = finish(course / "02_second" / "tests", "check")
     assert code == 0 and "01_first" not in out
     assert list(record(course)) == ["02_second"]
-    code, out, _ = stages(course, "check")
+    code, out, _ = finish(course, "check")
     assert code == 1 and list(record(course)) == ["02_second", "01_first"]
     assert out.index("01_first  First") < out.index("02_second  Second")
 
@@ -115,7 +115,7 @@ def test_without_a_name_it_is_the_stage_we_stand_in_and_at_the_root_all(course):
 def test_a_slip_in_the_module_is_one_block_with_file_and_line(course, slip, line, error):
     write(course / "01_first", {"model.py": MODEL.replace("return 2 * x", slip)})
     write(course / "01_first", {"tests/test_more.py": TESTS})
-    code, out, _ = stages(course, "check", "1")
+    code, out, _ = finish(course, "check", "1")
     block = out[out.index("✗") :].splitlines()
     file = "tests/test_model.py" if "from model" in line else "model.py"
     number = (course / "01_first" / file).read_text("utf-8").splitlines()
@@ -129,23 +129,23 @@ def test_a_slip_in_the_module_is_one_block_with_file_and_line(course, slip, line
 
 
 def test_verbose_shows_pytests_own_output(course):
-    code, out, _ = finish(start(course, "check", "1", "--verbose"))
+    code, out, _ = finish(course, "check", "1", "--verbose")
     assert code == 1 and "test_model.py::test_small[3] FAILED" in out and ">       assert double(3) == 7" in out
     assert "✗" not in out and record(course)["01_first"]["passed"] == 2
 
 
 def test_the_users_own_pytest_options_do_not_count(course, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2")
-    code, _, err = stages(course, "check", "2")
+    code, _, err = finish(course, "check", "2")
     assert code == 0, f"an option of a plugin that is off: {err}"
 
 
 def test_a_stage_without_tests_and_a_broken_conftest_are_told(course):
     (course / "02_second" / "tests" / "test_other.py").unlink()
-    code, _, err = stages(course, "check", "2")
+    code, _, err = finish(course, "check", "2")
     assert (code, err) == (2, "error: 02_second has no checkpoints: its tests/ holds no test\n")
     write(course / "01_first", {"tests/conftest.py": "1 / 0\n"})
-    code, _, err = stages(course, "check", "1")
+    code, _, err = finish(course, "check", "1")
     assert code == 2 and "pytest broke down in 01_first" in err and "ZeroDivisionError" in err
     assert not (course / ".stages").exists(), "nothing ran, nothing is recorded"
 
@@ -167,9 +167,34 @@ def test_cuda():
 
 def test_what_this_machine_cannot_test_does_not_fail_the_stage(course):
     write(course / "02_second", {"tests/test_other.py": SKIPS})
-    code, out, _ = stages(course, "check", "2")
+    code, out, _ = finish(course, "check", "2")
     assert code == 0 and "✓ Runs everywhere. (1/2)" in out and "– Runs on a GPU." in out
     assert "02_second: 1 of 2 checkpoints passed, 1 skipped" in out
+
+
+TWICE = """\
+import pytest
+
+@pytest.fixture
+def table():
+    yield
+    raise OSError("the table is gone")
+
+def test_first(table):
+    \"\"\"Fails twice.\"\"\"
+    assert 1 > 2, "the idea"
+
+def test_second(table):
+    \"\"\"Fails afterwards.\"\"\"
+"""
+
+
+def test_the_first_failure_is_the_one_that_is_told(course):
+    write(course, {"02_second/tests/test_other.py": TWICE})
+    code, out, _ = finish(course, "check", "2")
+    assert code == 1 and out.count("✗") == 2
+    assert "the idea" in out.split("✗")[1] and "the table is gone" not in out.split("✗")[1]
+    assert "OSError: the table is gone" in out.split("✗")[2], "what fails after a test fails the test"
 
 
 WAITS = """\
@@ -192,24 +217,75 @@ def test_results_appear_while_the_next_test_runs(course):
     with start(course, "check", "2", PYTHONUNBUFFERED="1") as process:
         lines = [process.stdout.readline().strip() for _ in range(5)]
         write(course / "02_second", {"seen": ""})
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate()
     assert lines[-2:] == ["tests/test_other.py", "✓ The first."]
     assert process.returncode == 0 and "✓ The second." in out
 
 
+PRINTS = """\
+import os
+import pytest
+from shared.console import console
+
+@pytest.mark.parametrize("way", ["kept", "killed"])
+def test_a(way):
+    \"\"\"A claim that is read while it is tested.\"\"\"
+    console.print("printed by the test")
+    if way == os.environ.get("WAY"):
+        os._exit(9)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals")
+@pytest.mark.parametrize("way", ["", "killed"])
+def test_a_terminal_shows_what_is_being_tested_and_is_left_sane(course, way):
+    write(course, {"02_second/tests/test_other.py": PRINTS})
+    words = [sys.executable, "-c", "from shared.stages.cli import main; main()", "check", "2"]
+    out = on_terminal(words, cwd=course, env={"WAY": way})
+    assert "collecting the checkpoints" in out and "\x1b[2mA claim that is read" in out
+    assert "printed by the test" not in out, "what a test prints is the test's"
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor stays hidden"
+    assert ("1 of 1 checkpoints passed" in out) == (way == "")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
 def test_ctrl_c_ends_pytest_too_and_keeps_the_earlier_record(course):
-    stages(course, "check", "2")
+    finish(course, "check", "2")
     before = record(course)
     write(course / "02_second", {"tests/test_other.py": WAITS})
     with start(course, "check", "2") as process:
-        started = course / "02_second" / "started"
-        deadline = time.monotonic() + 20
-        while not (started.exists() and started.read_text("utf-8")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        child = int(wait_for(course / "02_second" / "started"))
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate()
     assert (process.returncode, err) == (130, "stopped\n")
     with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text("utf-8")), 0)
+        os.kill(child, 0)
     assert record(course) == before
+
+
+STUBBORN = """\
+import os, signal, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+Path("started").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+PATIENT = """\
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from shared.stages.run import run_child
+run_child([sys.executable, "stubborn.py"], patience=0.2)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
+def test_a_program_that_does_not_hear_ctrl_c_is_ended(tmp_path):
+    """As one that was started where Ctrl-C is ignored: without a limit, `stages check` would wait for its end."""
+    write(tmp_path, {"stubborn.py": STUBBORN})
+    with program([sys.executable, "-c", PATIENT], cwd=tmp_path) as process:
+        child = int(wait_for(tmp_path / "started"))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode != 0 and err == "stopped\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

@@ -96,6 +96,7 @@ def test_damaged_progress_counts_as_none(course):
         (["check", "7"], "01_first, 02_second"),
         (["diff", "7"], "01_first, 02_second"),
         (["carry", "7"], "01_first, 02_second"),
+        (["guard", "7"], "01_first, 02_second"),
         (["diff", "2", "--html", "."], "is a folder: name a file in it"),
         (["diff", "2", "--html", ""], "is a folder: name a file in it"),
         (["ladder", "--fast"], "--no-train"),
@@ -145,7 +146,7 @@ def test_outside_the_course(tmp_path):
 @pytest.mark.parametrize("words", [[], ["run", "9"], ["diff", "9"], ["check", "9"]], ids=" ".join)
 def test_what_needs_no_torch_does_not_wait_for_it(course, words):
     write(course, {"sitecustomize.py": "import atexit, sys\natexit.register(lambda: print(*sys.modules))\n"})
-    _, out, _ = finish(start(course, *words, PYTHONPATH=str(course)))
+    _, out, _ = finish(course, *words, PYTHONPATH=str(course))
     loaded = set(out.splitlines()[-1].split())
     assert "shared.stages.repo" in loaded, "the modules were not listed"
     assert not loaded & {"torch", "matplotlib", "pytest"}, "seconds of imports before the first word"
@@ -162,7 +163,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(course, words):
     ],
 )
 def test_run_hands_everything_to_the_script(course, words, arguments):
-    code, out, err = finish(start(course / "02_second", "run", *words))
+    code, out, err = finish(course / "02_second", "run", *words)
     assert json.loads(out) == [arguments, "01_first"] and err == ""
     assert code == (7 if "--fail" in arguments else 0), "the script's exit code must be ours"
 
@@ -173,7 +174,7 @@ def test_ctrl_c_gives_the_script_time_to_save(course, whole_group):
     with start(course, "run", "1", "--wait") as process:
         process.stdout.readline()
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "checkpoint saved\n", "")
 
 
@@ -182,7 +183,7 @@ def test_run_reads_paths_where_they_were_typed(course):
     script = "import sys\nfrom shared.corpus import load\n\nif __name__ == '__main__':\n    "
     script += "print(load(sys.argv[1]).text)\n"
     write(course, {"01_first/read.py": script, "texts/my.txt": "my words"})
-    code, out, err = finish(start(course / "texts", "run", "1", "read", "my.txt"))
+    code, out, err = finish(course / "texts", "run", "1", "read", "my.txt")
     assert (code, out) == (0, "my words\n"), err
 
 
@@ -202,5 +203,5 @@ if __name__ == "__main__":
 def test_relative_folders_are_those_of_where_the_command_was_typed(course, words):
     """STAGES_DATA=../data and STAGES_OUT=../runs, whichever command starts the stage's code."""
     write(course, {"01_first/tests/test_a.py": WHERE})
-    code, out, err = finish(start(course, *words, STAGES_DATA="texts", STAGES_OUT="runs"))
+    code, out, err = finish(course, *words, STAGES_DATA="texts", STAGES_OUT="runs")
     assert code == 0, out + err

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 import time
 
@@ -10,6 +9,8 @@ from shared import console
 from shared.console import Progress, clock, number, progress, say, table
 
 import pytest
+
+from course import on_terminal, run
 
 
 def test_numbers_as_a_person_reads_them():
@@ -129,41 +130,25 @@ with progress(10, "broken") as bar:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal_the_line_is_redrawn_seldom_and_leaves_it_sane():
-    import pty
-
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "STAGES_TRACEBACK": "1"}
-    program = subprocess.Popen([sys.executable, "-c", LIVE], stdout=theirs, stderr=subprocess.DEVNULL, env=environment)
     begin = time.perf_counter()
-    os.close(theirs)
-    out = b""
-    while True:
-        try:
-            block = os.read(ours, 65536)
-        except OSError:  # Linux' way to say that the other end is closed
-            break
-        if not block:
-            break
-        out += block
-    program.wait()
+    out = on_terminal([sys.executable, "-c", LIVE], env={"STAGES_TRACEBACK": "1"})
     seconds = time.perf_counter() - begin
-    os.close(ours)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode())
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
     frames = re.findall(r"train \S+ [\d,]+/400", text)
     assert 3 <= len(set(frames)), f"not live: {frames}"
     assert len(frames) <= 10 * seconds + 6, f"{len(frames)} redraws in {seconds:.1f} s"
     assert "400/400  loss 1.002" in text and "printed meanwhile" in text and "[said] meanwhile" in text
     assert text.index("printed meanwhile") < text.index("400/400")
     assert "broken" in text and "3/10" in text
-    assert out.rindex(b"\x1b[?25h") > out.rindex(b"\x1b[?25l"), "the cursor stays hidden after Ctrl-C"
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor stays hidden after Ctrl-C"
 
 
 def test_in_a_pipe_and_in_other_ranks_nothing_is_redrawn():
     code = "from shared.console import progress\nwith progress(5, 'train') as bar:\n    bar.update(5)\n"
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
     outputs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment | more).stdout
+        run([sys.executable, "-c", code], env=environment | more)[1]
         for more in ({"RANK": "0"}, {"RANK": "1"})
     ]
-    assert outputs[0].split(b"  ")[:2] == [b"train", b"5/5"] and outputs[0].count(b"\n") == 1, outputs[0]
-    assert outputs[1] == b"", "under torchrun every rank speaks"
+    assert outputs[0].split("  ")[:2] == ["train", "5/5"] and outputs[0].count("\n") == 1, outputs[0]
+    assert outputs[1] == "", "under torchrun every rank speaks"

@@ -1,5 +1,6 @@
 """`shared.corpus`: the right bytes or one clear line; never half a file. All offline, against a server of our own."""
 
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -60,7 +61,7 @@ def server():
     if server.stall:
         server.stall.set()
     server.shutdown()
-    thread.join()
+    thread.join(60)
     server.server_close()
 
 
@@ -253,6 +254,16 @@ def test_unknown_names_and_files_that_cannot_be_used(tmp_path, monkeypatch):
         refused(str(tmp_path / "text.txt"), words, "text.txt")
 
 
+def test_a_name_that_is_not_utf8(tmp_path, monkeypatch):
+    """Typed as such a byte, the name arrives as a surrogate, which no record and no terminal takes."""
+    monkeypatch.chdir(tmp_path)
+    refused("caf\udce9.txt", r"'caf\udce9.txt' is not UTF-8", "rename the file")
+    with contextlib.suppress(OSError):  # not every system can have such a file
+        (tmp_path / "caf\udce9.txt").write_text("text", encoding="utf-8")
+    refused("caf\udce9.txt", r"'caf\udce9.txt' is not UTF-8")
+    refused("\ud800", r"'\ud800' is not UTF-8")
+
+
 def test_unreadable_file(tmp_path, monkeypatch):
     path = tmp_path / "secret.txt"
     path.write_text("text", encoding="utf-8")
@@ -286,7 +297,7 @@ def test_python_docs_is_large_plain_and_the_same_whatever_was_imported():
         "print(hashlib.sha256(python_docs.text().encode()).hexdigest())"
     )
     found = subprocess.run(
-        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True,
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True, timeout=60,
         env={**os.environ, "PYTHONHASHSEED": "7"},
     ).stdout.strip()
     assert found == hashlib.sha256(text.encode()).hexdigest(), "the text depends on import state or hash order"

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import time
 
 from shared.stages.ladder import FIGURE, REFERENCES, Rung, figure
 
 import pytest
 
-from course import make, stages, start, write
+from course import make, stages, start, wait_for, write
 
 TRAIN = """\
 import json, os, pathlib, sys, time
@@ -19,7 +18,7 @@ if pathlib.Path("fails").exists():
     sys.exit(3)
 if pathlib.Path("waits").exists():
     try:
-        pathlib.Path("waiting").touch()
+        pathlib.Path("waiting").write_text("yes")
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(1)
@@ -154,11 +153,9 @@ def test_a_readme_that_lost_its_markers_meanwhile_gets_no_figure_either(course):
 def test_ctrl_c_gives_the_training_time_to_save(course):
     folder = write(course / "01_first", {"waits": ""})
     with start(course, "ladder") as process:
-        deadline = time.monotonic() + 30
-        while not (folder / "waiting").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(folder / "waiting")
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate()
     assert (process.returncode, err) == (130, "stopped\n")
     assert (folder / "saved").exists(), "the training was killed before its checkpoint was written"
 

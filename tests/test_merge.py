@@ -5,6 +5,8 @@ import random
 from shared.stages.definitions import definitions
 from shared.stages.merge import merge, merge_text
 
+import pytest
+
 from course import edit
 
 
@@ -24,6 +26,17 @@ def test_a_change_in_a_class_that_is_gone_is_dropped():
     )
     text, found = merge("def end(): pass\n", base, theirs, ("ours", "theirs"))
     assert (text, found) == ("def end(): return 1\n", {"A.f": "dropped", "A.g": "dropped", "end": "carried"})
+
+
+@pytest.mark.parametrize("clash", ["x", "y"])
+def test_the_worst_of_its_pieces_counts_for_a_definition(clash):
+    """A class shell is cut in two by a method: a conflict in either piece is a conflict."""
+    base = "class A:\n    x = 1\n\n    def f(self): pass\n\n    y = 1\n"
+    ours = edit(base, (f"{clash} = 1", f"{clash} = 2"))
+    theirs = edit(base, ("x = 1", "x = 3"), ("y = 1", "y = 3"))
+    text, found = merge(ours, base, theirs, ("ours", "theirs"))
+    assert found == {"A": "conflict"}, "the markers stand in the file, and nobody is told"
+    assert text.count("<<<<<<< ours\n") == 1
 
 
 def source(tree: dict[str, str | dict[str, str]]) -> str:

@@ -18,7 +18,7 @@ from shared.stages.repo import Stage, find, root, stages
 import pytest
 
 import isolated
-from course import forget_git, make, write
+from course import forget_git, make, run, write
 from traps import copy
 
 TOP = root(Path(__file__).parent)
@@ -47,12 +47,12 @@ def tracked() -> list[str]:
     """The files that git keeps, by path from the root."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set in git's hooks
     try:
-        done = subprocess.run(["git", "ls-files", "-z"], cwd=TOP, env=env, capture_output=True, encoding="utf-8")
+        code, out, _ = run(["git", "ls-files", "-z"], cwd=TOP, env=env)
     except FileNotFoundError:
         pytest.skip("git is not installed")
-    if done.returncode or not done.stdout:  # nothing: a copy of the course inside another repository
+    if code or not out:  # nothing: a copy of the course inside another repository
         pytest.skip("not a git checkout")
-    return [name for name in done.stdout.split("\0") if name and (TOP / name).is_file()]
+    return [name for name in out.split("\0") if name and (TOP / name).is_file()]
 
 
 def modules(stage: Stage) -> list[Path]:
@@ -174,7 +174,7 @@ def test_pyproject_is_the_same_in_every_stage(stage):
 def test_without_a_checkout_the_files_are_not_taken_for_none(tmp_path, monkeypatch):
     """In a copy inside another repository git lists nothing, and a test of nothing would pass."""
     forget_git(monkeypatch)
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True, timeout=60)
     monkeypatch.setattr(sys.modules[__name__], "TOP", tmp_path)
     with pytest.raises(pytest.skip.Exception, match="not a git checkout"):
         tracked()

@@ -58,6 +58,7 @@ def test_every_kind_of_field_is_read():
         compile=True, out=Path("a/b"), notes="y", sizes=7,
     )  # fmt: skip
     assert parsed(["--norm", "None"]).norm is None
+    assert parsed(["--n-head", str(2**63 - 1)]).n_head == 2**63 - 1, "the largest number that torch takes"
     assert parsed(["--notes", "none"]).notes == "none", "only a field that may be None reads the word as None"
     assert parsed(["--top-k", "5", "--top-k", "none", "--no-compile"]) == Config(vocab_size=65)
 
@@ -85,6 +86,9 @@ def test_comments_become_help(capsys):
     "argv, words",
     [
         (["--n-head", "four"], "argument --n-head: invalid int value: 'four'"),
+        (["--n-head", str(2**63)], f"argument --n-head: invalid int value: '{2**63}'"),
+        (["--n-head", str(-(2**63))], "invalid int value"),
+        (["--top-k", str(2**63)], "invalid int value"),
         (["--norm", "rms"], "invalid choice: 'rms' (choose from"),
         (["--n-heads", "4"], "unrecognized arguments: --n-heads"),
         (["--n-hea", "4"], "unrecognized arguments: --n-hea"),

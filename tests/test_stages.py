@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from shared.stages.repo import Stage, find, root, stages
 
 import pytest
 
-from course import make
+import course
 
 STAGES = stages(root(Path(__file__).parent))
+PATIENCE = 600  # seconds for one stage; the machine may be busy
 NOWHERE = "http://127.0.0.1:9"  # a port where nobody listens: a download fails at once
 
 
@@ -28,11 +28,10 @@ def environment() -> dict[str, str]:
 def run(stage: Stage) -> tuple[bool, str]:
     """Whether the stage's checkpoints pass and at least one ran; the end of pytest's output."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
-    done = subprocess.run(
-        words, cwd=stage.path, env=environment(), capture_output=True, encoding="utf-8", errors="replace", timeout=600
-    )
-    passed = re.search(r"^(\d+) passed|, (\d+) passed", done.stdout, re.M)
-    return done.returncode == 0 and passed is not None, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    code, out, err = course.run(words, PATIENCE, cwd=stage.path, env=environment())
+    passed = re.search(r"^(\d+) passed|, (\d+) passed", out, re.M)
+    told = (out + err).splitlines()[-60:] + ([f"killed after {PATIENCE} s"] if code < 0 else [])
+    return code == 0 and passed is not None, "\n".join(told)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -61,6 +60,6 @@ def test_network():
     ids=["passes", "fails", "only skips", "no tests", "does not import", "asks the network"],
 )
 def test_what_counts_as_sound(test, sound, tail, tmp_path):
-    top = make(tmp_path, {"01_first": {"tests/test_a.py": test}})
+    top = course.make(tmp_path, {"01_first": {"tests/test_a.py": test}})
     found, told = run(find("1", top))
     assert found == sound and tail in told, told

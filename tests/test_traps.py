@@ -9,7 +9,7 @@ import pytest
 
 import isolated
 from course import make
-from traps import copy, run, traps, verdict
+from traps import copy, run, run_pytest, traps, verdict
 
 STAGES = stages(root(Path(__file__).parent))
 TRAPS = [
@@ -25,10 +25,10 @@ def test_a_stage_has_traps_and_without_them_its_checkpoints_pass(stage, tmp_path
     assert len(listed) >= 6, f"{stage.name}/traps.toml lists {len(listed)} traps, 6 are the least"
     assert len({trap["name"] for trap in listed}) == len(listed), "two traps have the same name"
     named = sorted({trap["caught_by"] for trap in listed})
-    events, output = run(copy(stage.path, tmp_path), named, tmp_path)
-    ends = [event for event in events if event["event"] == "end"]
-    assert {end["id"] for end in ends} == set(named), f"`caught_by` names a test that does not exist\n{output}"
-    assert all(end["outcome"] == "passed" for end in ends), output
+    result, output = run(copy(stage.path, tmp_path), named, tmp_path)
+    assert result, f"they never end\n{output}"
+    assert set(result["ends"]) == set(named), f"`caught_by` names a test that does not exist\n{output}"
+    assert all(end["outcome"] == "passed" for ends in result["ends"].values() for end in ends), output
 
 
 @pytest.mark.parametrize(("stage", "trap"), TRAPS)
@@ -100,17 +100,17 @@ def test_what_counts_as_caught(change, reason, tmp_path, monkeypatch):
 
 def test_a_process_that_hangs_before_its_first_word_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(isolated, "call", lambda *args, **options: None)
-    assert run(tmp_path, [], tmp_path) == ([{"event": "hangs"}], ""), "it left no output to be read"
+    assert run(tmp_path, [], tmp_path) == (None, ""), "it left no output to be read"
 
 
-def pytest_with_options(words: list[str], report: Path) -> int:
-    """As isolated.run_pytest, for someone who has asked every pytest for two processes."""
+def pytest_with_options(words: list[str], result: Path) -> int:
+    """As run_pytest, for someone who has asked every pytest for two processes."""
     os.environ["PYTEST_ADDOPTS"] = "-n 2"
-    return isolated.run_pytest(words, report)
+    return run_pytest(words, result)
 
 
 def test_the_users_own_pytest_options_do_not_count(tmp_path):
     stage = make(tmp_path / "course", {"01_circle": {"tests/test_model.py": "def test_a():\n    pass\n"}}) / "01_circle"
     output = tmp_path / "output.txt"
-    code = isolated.call(pytest_with_options, stage, output, ["tests"], tmp_path / "events.jsonl", timeout=120)
+    code = isolated.call(pytest_with_options, stage, output, ["tests"], tmp_path / "result.json", timeout=120)
     assert code == 0, "an option of a plugin that is off: " + output.read_text("utf-8")

@@ -1,10 +1,13 @@
 """Plants the mistakes listed in a stage's traps.toml, one at a time, and sees whether their checkpoints notice."""
 
 import json
+import os
 import re
 import shutil
 import tomllib
 from pathlib import Path
+
+from shared.stages.check import BARE
 
 import isolated
 
@@ -40,16 +43,25 @@ def plant(stage: Path, trap: dict[str, str]) -> str:
     return ""
 
 
-def run(stage: Path, tests: list[str], scratch: Path) -> tuple[list[dict], str]:
-    """Run some of the stage's tests: the events of shared.stages.report, and the end of pytest's output."""
-    report, output = scratch / "events.jsonl", scratch / "output.txt"
-    report.unlink(missing_ok=True)
-    code = isolated.call(isolated.run_pytest, stage, output, tests, report, timeout=PATIENCE)
-    events = [json.loads(line) for line in report.read_text("utf-8").splitlines()] if report.exists() else []
-    if code is None:
-        events.append({"event": "hangs"})
+def run_pytest(words: list[str], result: Path) -> int:
+    """pytest in this process; shared.stages.checkpoints writes the result."""
+    import pytest
+
+    os.environ |= BARE | {"STAGES_RESULT": str(result)}
+    return pytest.main(["-q", "-p", "shared.stages.checkpoints", "-p", "no:cacheprovider", *words])
+
+
+def run(stage: Path, tests: list[str], scratch: Path) -> tuple[dict | None, str]:
+    """Run some of the stage's tests: the result of shared.stages.checkpoints, and the end of what was printed.
+
+    The result is None if they never end.
+    """
+    file, output = scratch / "result.json", scratch / "output.txt"
+    file.unlink(missing_ok=True)
+    code = isolated.call(run_pytest, stage, output, tests, file, timeout=PATIENCE)
+    result = json.loads(file.read_text("utf-8")) if file.exists() else {"ends": {}, "broken": {}}
     told = output.read_text("utf-8", errors="replace") if output.exists() else ""  # it may hang before the first word
-    return events, "\n".join(told.splitlines()[-25:])
+    return result if code is not None else None, "\n".join(told.splitlines()[-25:])
 
 
 def verdict(stage: Path, trap: dict[str, str], scratch: Path) -> str:
@@ -57,15 +69,14 @@ def verdict(stage: Path, trap: dict[str, str], scratch: Path) -> str:
     planted = copy(stage, scratch)
     if wrong := plant(planted, trap):
         return wrong
-    events, output = run(planted, [trap["caught_by"], "-x"], scratch)
-    if any(event["event"] == "hangs" for event in events):
+    result, output = run(planted, [trap["caught_by"], "-x"], scratch)
+    if result is None:
         return f"{trap['caught_by']} never ends"
-    if broken := [event for event in events if event["event"] == "broken"]:
-        return f"the module cannot be imported: {broken[0]['error']}"
-    ends = [event for event in events if event["event"] == "end"]
-    if not ends:
+    if result["broken"]:
+        return f"the module cannot be imported: {[*result['broken'].values()][0]}"
+    if not result["ends"]:
         return f"{trap['caught_by']} did not run\n{output}"
-    failures = [end["message"] for end in ends if end["outcome"] == "failed"]
+    failures = [end["message"] for ends in result["ends"].values() for end in ends if end["outcome"] == "failed"]
     if not failures:
         return f"{trap['caught_by']} does not notice it"
     if re.match("|".join(SLIPS), failures[0]):

@@ -67,8 +67,8 @@ def load(name: str | None = None) -> Corpus:
     """The corpus called `name`, or read from the file `name`; newlines are left as they are.
 
     Without a name it is Tiny Shakespeare, and where that cannot be had, python-docs after a line that says so.
-    Raises BadInput for an unknown name, a text that cannot be had, and a file that cannot be read, is empty or is
-    not UTF-8.
+    Raises BadInput for an unknown name, a name that is not UTF-8, a text that cannot be had, and a file that cannot be
+    read, is empty or is not UTF-8.
     """
     if name is None:
         try:
@@ -80,6 +80,8 @@ def load(name: str | None = None) -> Corpus:
         return Corpus(name, python_docs.text())
     if name in SOURCES:
         return Corpus(name, published(SOURCES[name]).decode("utf-8"))
+    if name.encode("utf-8", "replace").decode("utf-8") != name:
+        raise BadInput(f"the corpus name {name!r} is not UTF-8: rename the file")  # no record could be written
     # `stages run` changes to the stage's folder and says where the path was typed.
     return Corpus(name, read_text(Path(os.environ.get("STAGES_FROM", "."), name)))
 

@@ -78,7 +78,10 @@ def reader(kind) -> dict:
         raise TypeError(f"no flag for a field of type {kind}")
 
     def read(text):
-        return None if optional and text.lower() == "none" else inner[0](text)
+        value = None if optional and text.lower() == "none" else inner[0](text)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("torch's integers have 64 bits")
+        return value
 
     read.__name__ = inner[0].__name__  # argparse says "invalid int value"
     return {"type": read, "metavar": inner[0].__name__.upper()}

@@ -2,8 +2,9 @@
 
 Carried are the trunk and the trunk's tests (`tests/test_model.py` for `model.py`). From stage to stage: what turned the
 committed text of a definition into its present text is done to the same definition of the next stage, then on from
-there. Each stage is written only when all of it is merged. At a conflict the markers are written and the state is kept
-in `.stages/carry.json`, so that the carry goes on once they are gone.
+there. What else is uncommitted in a later stage stays there. Each stage is written only when all of it is merged. At a
+conflict the markers are written and the state is kept in `.stages/carry.json`, so that the carry goes on once they are
+gone.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from shared.atomic import write
 from shared.console import say, table
 from shared.errors import BadInput
-from shared.stages.merge import CARRIED, CONFLICT, MERGED, changed_names, merge
+from shared.stages.merge import CARRIED, CONFLICT, MERGED, merge
 from shared.stages.repo import Stage, find, root, stages
 
 MARKERS = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
@@ -29,7 +30,7 @@ class State:
     fix: str  # the stage that was mended
     at: str  # the stage that the change has reached
     commit: str  # what the working files are compared with: a commit made at a conflict changes nothing
-    names: dict[str, list[str] | None]  # by file: the definitions on their way; None: all that differ
+    changes: dict[str, tuple[str | None, str | None]]  # by file: its text before and after, None where it is not there
 
 
 def git(top: Path, *words: str) -> bytes | None:
@@ -105,7 +106,7 @@ class Tree:
 
 def refuse_uncommitted(tree: Tree, state: State, later: list[Stage]) -> None:
     """Raises BadInput for a file that the carry may change and git does not know: it could not be undone."""
-    for file in state.names:
+    for file in state.changes:
         for stage in later:
             path = f"{stage.name}/{file}"
             copies = (None, tree.present(f"{state.fix}/{file}"))  # not there, or carried before
@@ -115,23 +116,28 @@ def refuse_uncommitted(tree: Tree, state: State, later: list[Stage]) -> None:
 
 def step(tree: Tree, state: State, onto: Stage) -> list[dict]:
     """Carry the change from the stage it has reached on to the next; returns the rows of the report."""
-    rows, merged, names = [], {}, {}
-    for file, only in state.names.items():
+    rows, merged, changes = [], {}, {}
+    for file, (base, theirs) in state.changes.items():
         source, target = f"{state.at}/{file}", f"{onto.name}/{file}"
-        base, theirs, ours = tree.committed(source), tree.present(source), tree.present(target)
+        ours, committed = tree.present(target), tree.committed(target)
+        change = base, theirs, (onto.name, f"{state.at} with the fix")
         try:
-            text, found = merge(ours, base, theirs, (onto.name, f"{state.at} with the fix"), only)
-            changed = changed_names(base, theirs)
+            text, found = merge(ours, *change)
+            alone, told = merge(committed, *change) if ours != committed else (text, found)
         except SyntaxError as error:
             raise BadInput(f"{source} or {target} is not valid Python ({error}): mend it first") from None
         rows += [{"stage": onto.name, "file": file, "definition": name, "result": found[name]} for name in found]
         if text != ours:
             merged[target] = text
         if found:
-            names[file] = [name for name in changed if only is None or name in only]
+            # What goes on is the change to the committed text: what was under way in `ours` stays behind. Where that is
+            # a conflict, it is the change to `ours`, which a person has to finish or has made already.
+            changes[file] = committed, alone
+            if CONFLICT in {*found.values(), *told.values()}:
+                changes[file] = ours if text != ours else committed, text
     for path, text in merged.items():
         tree.put(path, text)
-    state.at, state.names = onto.name, names
+    state.at, state.changes = onto.name, changes
     return rows
 
 
@@ -140,8 +146,9 @@ def proceed(top: Path, state: State, dry: bool) -> int:
     record = top / ".stages" / "carry.json"
     tree = Tree(top, state.commit, dry)
     reached = [stage.name for stage in stages(top) if state.fix <= stage.name <= state.at]
-    for file in state.names:
-        tree.present(f"{state.at}/{file}")  # refuses what is not resolved
+    for file, (base, theirs) in state.changes.items():
+        if theirs and MARKERS.search(theirs):
+            state.changes[file] = base, tree.present(f"{state.at}/{file}")  # refused if it is not resolved
     rows, conflicts = [], []
     for onto in stages(top):
         if onto.number > find(state.at, top).number and not conflicts:
@@ -174,9 +181,11 @@ def begin(top: Path, stage: Stage, dry: bool) -> int:
         raise BadInput(f"{stage.name} is the last stage: there is none to carry a fix to")
     state = State(stage.name, stage.name, head(top), {})
     tree = Tree(top, state.commit, dry)
-    paths = {file: f"{stage.name}/{file}" for file in tree.files(stage.name)}
-    state.names = {file: None for file, path in paths.items() if tree.committed(path) != tree.present(path)}
-    if not state.names:
+    for file in tree.files(stage.name):
+        old, new = tree.committed(f"{stage.name}/{file}"), tree.present(f"{stage.name}/{file}")
+        if old != new:
+            state.changes[file] = old, new
+    if not state.changes:
         say(f"nothing to carry: the trunk of {stage.name} and its tests are as committed")
         return 0
     refuse_uncommitted(tree, state, later)

@@ -3,91 +3,45 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from shared.console import console
 from shared.errors import BadInput
 from shared.stages import repo
 from shared.stages.results import Progress, record_progress
-from shared.stages.view import View
+from shared.stages.run import run_child
 
 from rich.markup import escape
 
-
-@contextmanager
-def pytest_run(folder: Path, verbose: bool) -> Iterator[tuple[subprocess.Popen, Path, Path]]:
-    """pytest in its own process in `folder`: yields it with the files of its events and of its output.
-
-    Same-named modules of two stages never meet in one process. On the way out the process is gone.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        events, output = Path(scratch) / "events.jsonl", Path(scratch) / "output.txt"
-        events.touch()
-        words = [sys.executable, "-m", "pytest", "-p", "shared.stages.report", "--continue-on-collection-errors"]
-        with output.open("wb") as sink:
-            child = subprocess.Popen(
-                [*words, *(["-v"] if verbose else [])],
-                cwd=folder,
-                # What else is installed into pytest costs time at the start, and no checkpoint needs it. The user's own
-                # options may be those of a plugin that is then missing.
-                env=os.environ
-                | {"STAGES_REPORT": str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
-                stdout=None if verbose else sink,
-                stderr=None if verbose else subprocess.STDOUT,
-            )
-            try:
-                yield child, events, output
-            finally:
-                try:
-                    child.wait(5)  # Ctrl-C has reached it as well
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
-
-
-def follow(child: subprocess.Popen, file: Path) -> Iterator[dict]:
-    """The events of a running process, as they are written."""
-    rest = ""
-    with file.open(encoding="utf-8") as stream:
-        while True:
-            ended = child.poll() is not None  # asked before reading, so that nothing is missed
-            *lines, rest = (rest + stream.read()).split("\n")
-            yield from map(json.loads, lines)
-            if ended:
-                return
-            time.sleep(0.05)
+# What else is installed into pytest costs time at the start, and no checkpoint needs it. The user's own options may be
+# those of a plugin that is then missing.
+BARE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
 def check(folder: Path, verbose: bool = False) -> Progress:
-    """Run the checkpoints in `folder` (a stage, or a practice copy of one) and show them live.
+    """Run the checkpoints in `folder` (a stage, or a practice copy of one), which `checkpoints.py` shows live.
 
-    Raises BadInput when pytest itself cannot run; Ctrl-C passes through, once pytest is gone.
+    They run in a process of their own: same-named modules of two stages never meet in one. Raises BadInput when pytest
+    itself cannot run; Ctrl-C passes through, once pytest is gone.
     """
-    view = View(quiet=verbose)
-    with pytest_run(folder, verbose) as (child, events, output), console.status("") as status:
-        if verbose:
-            status.stop()
-        status.update("collecting the checkpoints")
-        for event in follow(child, events):
-            kind = event.pop("event")
-            if kind == "start":
-                status.update(escape(view.claims[event["id"]]))
-            else:
-                getattr(view, "on_" + kind)(**event)
-        view.draw_broken()
-        # pytest: 0 all passed, 1 some failed, 2 test files that cannot be imported, 5 nothing collected
-        if child.returncode == 5 and not view.broken:
+    words = [sys.executable, "-m", "pytest", "-p", "shared.stages.checkpoints", "--continue-on-collection-errors"]
+    with tempfile.TemporaryDirectory() as scratch:
+        result, complaint = Path(scratch) / "result.json", Path(scratch) / "complaint.txt"
+        with complaint.open("wb") as sink:
+            env = os.environ | BARE | {"STAGES_RESULT": str(result)}
+            stderr = None if verbose else sink
+            code = run_child([*words, *(["-v"] if verbose else [])], patience=5, cwd=folder, env=env, stderr=stderr)
+        console.show_cursor()  # a process that was killed leaves it hidden
+        # pytest: 0 all passed, 1 some failed or cannot be imported, 5 nothing collected
+        if code == 5:
             raise BadInput(f"{folder.name} has no checkpoints: its tests/ holds no test")
-        if child.returncode not in (0, 1, 2) or not (view.wanted or view.broken):
-            tail = "\n".join(output.read_text("utf-8", errors="replace").splitlines()[-15:])
-            raise BadInput(f"pytest broke down in {folder.name} (exit code {child.returncode})\n{tail}".rstrip())
-    return view.progress(folder)
+        if code not in (0, 1):
+            tail = "\n".join(complaint.read_text("utf-8", errors="replace").splitlines()[-15:])
+            raise BadInput(f"pytest broke down in {folder.name} (exit code {code})\n{tail}".rstrip())
+        return Progress(**json.loads(result.read_text("utf-8"))["progress"])
 
 
 def conclusion(name: str, result: Progress, seconds: float) -> str:

@@ -7,6 +7,7 @@ import re
 from difflib import SequenceMatcher
 from html import escape
 from itertools import groupby
+from pathlib import Path
 from string import Template
 
 from shared.stages.definitions import Change
@@ -23,67 +24,7 @@ GROUPS = [
     (Token.Name.Function, "f"), (Token.Name.Class, "f"), (Token.Name.Decorator, "f"), (Token.Name.Builtin, "m"),
 ]  # fmt: skip
 
-PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --bg: #fff; --fg: #1f2328; --dim: #57606a; --line: #d0d7de; --box: #f6f8fa;
-  --del: #fff0ee; --del2: #ffd0cb; --ins: #e6fcec; --ins2: #b5f0c3; --bad: #b3121d; --good: #0b6327; --link: #0550ae;
-  --c: #57606a; --s: #0a3069; --m: #0550ae; --k: #a40e26; --f: #6639ba }
-@media (prefers-color-scheme: dark) { :root { --bg: #0d1117; --fg: #e6edf3; --dim: #9198a1; --line: #30363d;
-  --box: #161b22; --del: #2a171b; --del2: #662428; --ins: #12261e; --ins2: #17452a; --bad: #ff8e86; --good: #56d364;
-  --link: #79c0ff; --c: #aab2bb; --s: #a5d6ff; --m: #79c0ff; --k: #ff938a; --f: #d2a8ff } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 100rem; padding: 1rem; background: var(--bg); color: var(--fg);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.25rem; margin: 2.5rem 0 0 }
-h3 { margin: 0; font-size: 1rem }
-a { color: var(--link) }
-code, pre { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
-h2 code, h3 code { font-size: inherit }
-nav ul { margin: .25rem 0 1rem; padding: 0; list-style: none; columns: 20rem }
-nav li { padding: .125rem 0; break-inside: avoid }
-.new { color: var(--good) } .removed { color: var(--bad) } .note { color: var(--dim); font-weight: normal }
-section { margin: 1rem 0; border: 1px solid var(--line); border-radius: .375rem; overflow: hidden }
-h3, summary { padding: .375rem .75rem; background: var(--box) }
-summary { color: var(--dim); cursor: pointer; font-size: .8125rem }
-pre { margin: 0; padding: 0 .5rem 0 1.5rem; white-space: pre-wrap; tab-size: 4; position: relative }
-pre > span { display: block; padding-left: var(--in); text-indent: calc(-1 * var(--in)) }
-.row { display: grid; grid-template-columns: 1fr 1fr }
-.row > pre + pre { border-left: 1px solid var(--line) }
-pre.old { background: var(--del) } pre.add { background: var(--ins) }
-pre.old > span::before, pre.add > span::before { position: absolute; left: .5rem; text-indent: 0 }
-pre.old > span::before { color: var(--bad); content: "\\2212" }
-pre.add > span::before { color: var(--good); content: "+" }
-pre.none { background: var(--box) }
-del, ins { text-decoration: none; border-radius: .125rem }
-del { background: var(--del2) } ins { background: var(--ins2) }
-.c { color: var(--c); font-style: italic } .s { color: var(--s) } .m { color: var(--m) } .k { color: var(--k) }
-.f { color: var(--f) }
-@media (max-width: 50rem) {
-  body { padding: .75rem } code, pre { font-size: .75rem }
-  .row { grid-template-columns: 1fr } .row > pre + pre { border-left: 0 } .row > pre.twin, pre.none { display: none }
-}
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p>$summary</p>
-</header>
-<nav aria-label="Definitions">
-$contents
-</nav>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
+PAGE = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
 def highlight(text: str) -> list[list[tuple[str, str]]]:

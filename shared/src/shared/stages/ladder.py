@@ -14,7 +14,6 @@ a list `rungs` of such objects, each with a `name`. A summary without `val_loss`
 import argparse
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -26,9 +25,11 @@ from shared.console import console, say
 from shared.errors import BadInput
 from shared.stages import repo
 from shared.stages.results import summaries
+from shared.stages.run import run_child
 
 START, END = "<!-- ladder -->", "<!-- /ladder -->"
 FIGURE = "shared/ladder.png"
+PATIENCE = 60  # seconds for a training to save its checkpoint after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,7 @@ def train(recipe: Recipe) -> None:
     say(f"\n{recipe}")
     start = time.time()
     env = {key: value for key, value in os.environ.items() if key != "STAGES_OUT"}
-    child = subprocess.Popen([sys.executable, *recipe.args], cwd=recipe.stage.path, env=env)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.wait()  # Ctrl-C has reached it too, and saving a checkpoint takes a moment
-        raise
-    if code:
+    if code := run_child([sys.executable, *recipe.args], PATIENCE, cwd=recipe.stage.path, env=env):
         raise BadInput(f"{recipe} ended with {code}: the ladder is unchanged")
     if not recipe.summary.exists() or recipe.summary.stat().st_mtime < start - 1:
         raise BadInput(f"{recipe} wrote no out/{recipe.run}/summary.json: set `run` of the rung to the run's folder")

@@ -31,11 +31,6 @@ def keyed(source: str) -> dict[Key, Piece]:
     return pieces
 
 
-def changed_names(base: str | None, theirs: str | None) -> list[str]:
-    """The definitions in which two sources differ; None is a file that does not exist."""
-    return [change.name for change in compare(definitions(base or ""), definitions(theirs or ""))]
-
-
 def merge_text(ours: str, base: str, theirs: str, labels: tuple[str, str], union: bool = False) -> tuple[str, str]:
     """Merge one text; what came of it. An empty text stands for none.
 
@@ -134,15 +129,13 @@ def merge_definitions(
 
 
 def merge(
-    ours: str | None, base: str | None, theirs: str | None, labels: tuple[str, str], only: list[str] | None = None
+    ours: str | None, base: str | None, theirs: str | None, labels: tuple[str, str]
 ) -> tuple[str | None, dict[str, str]]:
     """The merged file and what came of each changed definition, or of the WHOLE file.
 
-    None is a file that does not exist. `only` are the definitions whose changes count, None means all. Raises
-    SyntaxError where one of the three is not Python.
+    None is a file that does not exist. Raises SyntaxError where one of the three is not Python.
     """
-    changed = changed_names(base, theirs)
-    names = changed if only is None else [name for name in changed if name in only]
+    names = [change.name for change in compare(definitions(base or ""), definitions(theirs or ""))]
     if base == theirs:
         return ours, {}
     if ours == theirs:
@@ -151,8 +144,8 @@ def merge(
         return None, {WHOLE: DROPPED}
     if theirs is None:
         return (None, {WHOLE: CARRIED}) if ours == base else (ours, {WHOLE: KEPT})
-    if ours == base and names == changed:
+    if ours == base:
         return theirs, dict.fromkeys(names if names and base is not None else [WHOLE], CARRIED)
     if not names:
-        return ours, {} if changed else {WHOLE: SKIPPED}
+        return ours, {WHOLE: SKIPPED}
     return merge_definitions(ours or "", base or "", theirs, labels, names)

@@ -1,4 +1,4 @@
-"""`stages run N [script] [args...]`: runs a script of a stage in the stage's folder."""
+"""`stages run N [script] [args...]`: runs a script of a stage in the stage's folder; and how programs are started."""
 
 import argparse
 import os
@@ -32,12 +32,15 @@ def choose(stage: Stage, words: list[str]) -> tuple[str, list[str]]:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Hand the process over to the script: its exit code and Ctrl-C are then its own business."""
     stage = find(args.stage)
     script, rest = choose(stage, args.words)
-    words = [sys.executable, script, *rest]
     os.environ["STAGES_FROM"] = os.getcwd()  # paths were typed here, and the script runs there
     os.chdir(stage.path)
+    return become([sys.executable, script, *rest])
+
+
+def become(words: list[str]) -> int:
+    """Hand the process over to a program: its exit code and Ctrl-C are then its own business."""
     sys.stdout.flush()
     if os.name == "posix":
         os.execv(sys.executable, words)
@@ -48,6 +51,22 @@ def command(args: argparse.Namespace) -> int:
             return child.wait()
         except KeyboardInterrupt:
             continue
+
+
+def run_child(words: list[str], patience: float, **options) -> int:
+    """The exit code of the program `words`, which is gone whatever happens meanwhile.
+
+    Ctrl-C reaches it too: it has `patience` seconds to save its work and to end. `options` are those of Popen.
+    """
+    child = subprocess.Popen(words, **options)
+    try:
+        return child.wait()
+    finally:
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def add(subparsers) -> None:

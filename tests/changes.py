@@ -1,4 +1,4 @@
-"""A README's "What changed" table against what changed: `uv run python -m shared.stages.changes 03`.
+"""A README's "What changed" table against what changed: `uv run python tests/changes.py 03`.
 
 Prints what the table lacks and what it has too much, and then the table as it should be, ready to paste, with the
 reasons that the README already gives. `tests/test_changes.py` holds every README to it.
