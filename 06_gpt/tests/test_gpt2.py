@@ -122,7 +122,7 @@ def test_logits_are_those_of_gpt2(transformers, T):
         close(
             ours(idx), theirs(idx).logits,
             "embedding + positions 0, 1, ...; norms inside the branches; scores / sqrt(D), D the channels of a head; "
-            "a last norm; the head is the embedding: one of these differs from GPT-2",
+            "GELU with tanh; a last norm; the head is the embedding: one of these differs from GPT-2",
         )
 
 
