@@ -67,12 +67,17 @@ def copy(folder, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """A hub that does not answer, and nothing downloaded before."""
-    from huggingface_hub import constants
+    """No way out of this machine, and nothing downloaded before."""
+    from huggingface_hub import close_session, constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port where nobody listens
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a port where nobody listens
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()  # a new one reads the environment
+    yield
+    close_session()
 
 
 def edit(file, **changes):
