@@ -178,7 +178,7 @@ def look(step: int, model, data, config: TrainConfig, log) -> float:
 
     Raises BadInput for a loss that is infinite or nan.
     """
-    val_loss = data.nats_per_char(evaluate(model, data.val, precision=config.precision))
+    val_loss = data.nats_per_char(evaluate(model, data.val, config.micro_batch, config.precision))
     if not math.isfinite(val_loss):
         raise BadInput(f"the validation loss is {val_loss} at step {step}: lower --lr, which is {config.lr:g}")
     log.metrics(step, val_loss=val_loss)
