@@ -16,7 +16,6 @@ from shared import boards
 from shared.atomic import write
 from shared.errors import BadInput
 
-SUMMARY = ("corpus", "seed", "params", "tokens", "steps", "seconds", "val_loss", "val_bpb")
 FIGURE_BYTES = 100_000
 
 
@@ -126,14 +125,13 @@ class RunLog:
     def finish(self, **headline) -> dict:
         """Write `summary.json` and return it.
 
-        It holds the stage, the script and the run's name, `corpus` and `seed` (from the config unless given),
-        `params`, `tokens`, `steps`, `seconds` (since the run began unless given), `val_loss` in nats per character and
-        `val_bpb` where given, then the script's own headline figures.
+        It holds the stage, the script and the run's name, and unless given `corpus` and `seed` from the config and
+        `seconds` since the run began. A language model gives `params`, `tokens`, `steps`, `val_loss` in nats per
+        character and `val_bpb`, and every script its own headline figures.
         """
-        known = {key: self.config[key] for key in ("corpus", "seed") if key in self.config}
-        known = {**known, "seconds": round(time.perf_counter() - self.begin, 2), **headline}
-        ordered = {key: known[key] for key in (*SUMMARY, *known) if key in known}
-        summary = {"stage": self.stage, "script": self.script, "run": self.folder.name, **ordered}
+        known = {"stage": self.stage, "script": self.script, "run": self.folder.name}
+        known |= {key: self.config[key] for key in ("corpus", "seed") if key in self.config}
+        summary = {**known, "seconds": round(time.perf_counter() - self.begin, 2), **headline}
         if self.writes:
             self.keep()
             write(self.folder / "summary.json", dumps(summary, indent=2) + "\n")

@@ -156,18 +156,16 @@ def proceed(top: Path, state: State, dry: bool) -> int:
             conflicts = [row for row in rows if row["result"] == CONFLICT]
     if rows:
         table(f"{'would carry' if dry else 'carried'} the fix in {state.fix}", rows)
+    for row in conflicts:
+        say(f"conflict in {row['stage']}/{row['file']}, definition {row['definition']}")
     if dry:
         say("nothing was written")
     elif conflicts:
         record.parent.mkdir(exist_ok=True)
         write(record, json.dumps(asdict(state), indent=1) + "\n")
+        say("choose between the marks <<<<<<< and >>>>>>>, delete the marks, then: uv run stages carry --continue")
     else:
         record.unlink(missing_ok=True)
-    for row in conflicts:
-        say(f"conflict in {row['stage']}/{row['file']}, definition {row['definition']}")
-    if conflicts and not dry:
-        say("choose between the marks <<<<<<< and >>>>>>>, delete the marks, then: uv run stages carry --continue")
-    elif not conflicts and not dry:
         changed = [row["stage"] for row in rows if row["result"] in (CARRIED, MERGED)]
         numbers = dict.fromkeys(name[:2] for name in [*reached, *changed])
         say(f"done: see `git diff`, then uv run stages check {' '.join(numbers)}")
@@ -233,7 +231,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages carry`."""
     parser = subparsers.add_parser("carry", help="carry an uncommitted fix in a stage through all later ones")
     parser.add_argument("stage", metavar="N", nargs="?", help="the stage that was mended")
     parser.add_argument("--dry-run", action="store_true", help="show what would be carried, write nothing")

@@ -110,7 +110,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages diff`."""
     parser = subparsers.add_parser("diff", help="what changed from one stage to the next, by definition")
     parser.add_argument("first", metavar="A", help="a stage; alone: what changed in it")
     parser.add_argument("second", metavar="B", nargs="?", help="the stage to compare A with")
