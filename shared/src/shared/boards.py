@@ -10,7 +10,7 @@ BOARDS = ("tensorboard", "wandb")
 def start(kind: str | None, folder: Path, stage: str, config: dict):
     """The board called `kind` for the run in `folder`, None for none. Raises BadInput when its package is missing."""
     try:
-        return {None: lambda *about: None, "tensorboard": TensorBoard, "wandb": Wandb}[kind](folder, stage, config)
+        return kind and {"tensorboard": TensorBoard, "wandb": Wandb}[kind](folder, stage, config)
     except ImportError as error:
         raise BadInput(f"{kind} is not installed ({error}): uv pip install {kind}, or leave out --board") from None
 

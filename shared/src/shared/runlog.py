@@ -41,10 +41,8 @@ class RunLog:
     A new run takes the place of an earlier one of its name only when it has something to show: `keep()`, called with
     the first checkpoint, or `finish()` write `config.json` and the metrics so far. A run that is refused or stopped
     before leaves the earlier one as it is, and Ctrl-C then says so. A run that resumes after step `resume` goes on with
-    the metrics up to there.
-    `board` shows the metrics elsewhere too: "tensorboard" or "wandb". STAGES_OUT, when set, takes the place of the
-    stage's `out` folder. Raises BadInput for a name that is no plain folder name and for a folder that cannot be
-    written to.
+    the metrics up to there. `board` shows the metrics elsewhere too: "tensorboard" or "wandb".
+    Raises BadInput for a name that is no plain folder name and for a folder that cannot be written to.
     """
 
     def __init__(
@@ -57,9 +55,8 @@ class RunLog:
         self.config = json.loads(dumps(config or {}))
         self.begin = time.perf_counter()
         self.writes = os.environ.get("RANK", "0") == "0"
-        self.rows, self.kept = [], resume > 0
+        self.rows, self.kept, self.board = [], resume > 0, None
         if not self.writes:
-            self.board = None
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

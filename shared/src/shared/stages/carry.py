@@ -50,14 +50,6 @@ def decode(data: bytes, path: str, remedy: str) -> str:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): {remedy}") from None
 
 
-def head(top: Path) -> str:
-    """The current commit. Raises BadInput where there is none."""
-    commit = git(top, "rev-parse", "--verify", "HEAD")
-    if commit is None:
-        raise BadInput(f"{top} has no commit to compare with: `stages carry` needs a git repository")
-    return commit.decode().strip()
-
-
 class Tree:
     """The course's files as they are committed and as they are now."""
 
@@ -177,7 +169,10 @@ def begin(top: Path, stage: Stage, dry: bool) -> int:
     later = [other for other in stages(top) if other.number > stage.number]
     if not later:
         raise BadInput(f"{stage.name} is the last stage: there is none to carry a fix to")
-    state = State(stage.name, stage.name, head(top), {})
+    commit = git(top, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        raise BadInput(f"{top} has no commit to compare with: `stages carry` needs a git repository")
+    state = State(stage.name, stage.name, commit.decode().strip(), {})
     tree = Tree(top, state.commit, dry)
     for file in tree.files(stage.name):
         old, new = tree.committed(f"{stage.name}/{file}"), tree.present(f"{stage.name}/{file}")
