@@ -73,7 +73,7 @@ class RunLog:
     def __exit__(self, kind, error, trace):
         if self.board:
             self.board.close()
-        if kind is KeyboardInterrupt and not self.kept:
+        if kind is KeyboardInterrupt and self.writes and not self.kept:
             raise KeyboardInterrupt(f"stopped: nothing of this run was kept, {self.folder} is as it was") from None
 
     def keep(self) -> None:
