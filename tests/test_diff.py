@@ -270,31 +270,21 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(course, monkeypatch):
 
 
 def test_alignment_covers_both_sides_in_order_and_pairs_versions_of_a_line():
-    assert html.versions(["a = 1", "b = 2"], ["x()", "b = 3"]) == [(1, 1)]
-    assert html.align(["a = 1", "b"], ["a = 2", "b", "c"]) == [
-        ("versions", range(0, 1), range(0, 1)),
-        ("same", range(1, 2), range(1, 2)),
-        ("other", range(2, 2), range(2, 3)),
-    ]
+    first, second = (range(0, 1), range(0, 1)), (range(1, 2), range(1, 2))
+    assert html.align(["a = 1", "b"], ["a = 2", "b", "c"]) == [first, second, (range(2, 2), range(2, 3))]
+    assert html.align(["a = 1", "b = 2"], ["x()", "b = 3"]) == [first, second]
+    assert html.align(["", "return x"], ["if y:", "    return x"])[-1] == second, "indented anew"
     rng = random.Random(0)
     vocabulary = ["", "x = 1", "x = 2", "return x", "return y", "def f():"]
     for _ in range(300):
         old, new = (rng.choices(vocabulary, k=rng.randrange(8)) for _ in range(2))
         blocks = html.align(old, new)
-        assert [i for _, a, _ in blocks for i in a] == list(range(len(old))), f"{old} -> {new}: an old line is lost"
-        assert [j for _, _, b in blocks for j in b] == list(range(len(new))), f"{old} -> {new}: a new line is lost"
-        for kind, a, b in blocks:
+        assert [i for a, _ in blocks for i in a] == list(range(len(old))), f"{old} -> {new}: an old line is lost"
+        assert [j for _, b in blocks for j in b] == list(range(len(new))), f"{old} -> {new}: a new line is lost"
+        for a, b in blocks:
             assert len(a) or len(b), "an empty block"
-            assert (kind == "same") == ([old[i] for i in a] == [new[j] for j in b])
-            assert kind != "versions" or (len(a), len(b)) == (1, 1)
-
-
-def test_long_equal_runs_are_folded_but_complete():
-    old = "def f():\n" + "".join(f"    x = {i}\n" for i in range(60)) + "    return 1\n"
-    change = Change("m.py", "f", "function", old, old.replace("return 1", "return 2"))
-    text = html.section(change)
-    assert "55 equal lines</summary>" in text
-    assert Page(text).sections["m.py-f"] == {"old": change.old, "new": change.new}
+            apart = not {old[i] for i in a} & {new[j] for j in b}
+            assert apart or [old[i] for i in a] == [new[j] for j in b], "equal lines stand beside other lines"
 
 
 COURSE = stages(root(Path(__file__).parent))

@@ -150,3 +150,69 @@ def test_a_field_that_has_no_flag_is_a_bug_not_a_surprise():
 
     with pytest.raises(TypeError, match="no flag for a field of type"):
         options.add(options.Parser(), Odd)
+
+
+PRESETS = {"big": {"n_head": 16, "lr": 1e-4}, "small": {"n_head": 1}}
+
+
+def script() -> options.Parser:
+    """The parser of a script that saves and resumes runs."""
+    parser = options.Parser(prog="train.py")
+    parser.add_argument("--name", default="default")
+    parser.add_argument("--resume", action="store_true")
+    options.add(parser, Config)
+    return parser
+
+
+def saved(*argv: str) -> dict:
+    """The flags that a run of that script, started with `argv`, saves with its checkpoint."""
+    return vars(options.parse(script(), list(argv), PRESETS))
+
+
+def resumed(flags: dict, *argv: str):
+    """The flags of a run that resumes: the script has read its command line once already, for the run's name."""
+    parser, words = script(), ["--resume", *argv]
+    options.parse(parser, words, PRESETS)
+    return options.resume(parser, words, flags, free=("seed", "top_k"))
+
+
+def test_given_are_the_flags_that_were_named_even_with_their_defaults():
+    assert options.given(script(), []) == {}
+    assert options.given(script(), ["--n-head", "4", "--no-compile", "--top-k", "none", "--out=a"]) == {
+        "n_head": 4, "compile": False, "top_k": None, "out": Path("a"),
+    }  # fmt: skip
+    with pytest.raises(BadInput, match="--n-heads"):
+        options.given(script(), ["--n-heads", "4"])
+
+
+def test_a_resumed_run_has_its_own_flags_without_naming_them():
+    flags = saved("--n-head", "8", "--compile", "--out", "a", "--name", "first")
+    args = resumed(flags, "--name", "copy")
+    own = {"name": "copy", "resume": True}
+    assert vars(args) == flags | own, "the name and --resume are those of this command line"
+
+
+def test_flags_that_are_free_change_and_equal_ones_may_be_repeated():
+    flags = saved("--n-head", "8", "--seed", "2")
+    args = resumed(flags, "--seed", "3", "--top-k", "5", "--n-head", "8", "--norm", "layer")
+    assert vars(args) == flags | {"seed": 3, "top_k": 5, "resume": True}
+
+
+def test_another_flag_that_differs_is_refused_by_name():
+    flags = saved("--n-head", "8", "--lr", "1e-3")
+    with pytest.raises(BadInput) as error:
+        resumed(flags, "--n-head", "4", "--lr", "3e-4", "--plain", "x", "--seed", "3")
+    told = "--n-head, --lr: a resumed run keeps its own, only --seed, --top-k may be given anew"
+    assert str(error.value) == told, "4 and 3e-4 are the defaults, and still not what the run has"
+
+
+def test_a_resumed_run_keeps_its_preset():
+    flags = saved("--preset", "big", "--lr", "1e-3")
+    args = resumed(flags)
+    assert (args.n_head, args.lr) == (16, 1e-3), "the preset's defaults or the flag beside it are lost"
+    args = resumed(flags, "--preset", "big")
+    assert (args.n_head, args.lr) == (16, 1e-3), "the preset named again overrules the flag that was given beside it"
+    with pytest.raises(BadInput, match="^--preset: a resumed run keeps its own"):
+        resumed(flags, "--preset", "small")
+    with pytest.raises(BadInput, match="^--preset: a resumed run keeps its own"):
+        resumed(saved(), "--preset", "big")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import boards
 from shared.atomic import write
 from shared.errors import BadInput
 from shared.runlog import RunLog, read_metrics, run_folder
@@ -37,20 +39,17 @@ def load(file):
 def test_a_run_leaves_config_metrics_and_summary_in_its_stage(stage):
     log = RunLog(stage / "train.py", config={"corpus": "names", "seed": 7, "lr": 1e-3, "out": Path("a")})
     assert log.folder == stage / "out" / "default"
-    assert load(log.folder / "config.json") == {"corpus": "names", "seed": 7, "lr": 1e-3, "out": "a"}
     log.metrics(step=1, loss=torch.tensor(2.5), lr=np.float64(0.1), tokens=np.int64(4))
     log.metrics(2, loss=2.0)
+    returned = log.finish(speedup=3.5, val_loss=1.5, tokens=8, params=2, steps=2, seconds=1.0, val_bpb=2.25)
+    assert load(log.folder / "config.json") == {"corpus": "names", "seed": 7, "lr": 1e-3, "out": "a"}
     rows = read_metrics(log.folder)
     assert [row.pop("seconds") >= 0 for row in rows] == [True, True]
     assert rows == [{"step": 1, "loss": 2.5, "lr": 0.1, "tokens": 4}, {"step": 2, "loss": 2.0}]
-    returned = log.finish(speedup=3.5, val_loss=1.5, tokens=8, params=2, steps=2, seconds=1.0, val_bpb=2.25)
-    summary = load(log.folder / "summary.json")
-    assert summary == returned
-    assert list(summary.items()) == [
-        ("stage", "06_gpt"), ("script", "train.py"), ("run", "default"), ("corpus", "names"), ("seed", 7),
-        ("params", 2), ("tokens", 8), ("steps", 2), ("seconds", 1.0), ("val_loss", 1.5), ("val_bpb", 2.25),
-        ("speedup", 3.5),
-    ]  # fmt: skip
+    assert load(log.folder / "summary.json") == returned == {
+        "stage": "06_gpt", "script": "train.py", "run": "default", "corpus": "names", "seed": 7, "seconds": 1.0,
+        "speedup": 3.5, "val_loss": 1.5, "tokens": 8, "params": 2, "steps": 2, "val_bpb": 2.25,
+    }  # fmt: skip
 
 
 def test_a_demo_writes_into_its_stage_too_and_seconds_are_measured(stage):
@@ -78,32 +77,132 @@ def test_a_config_may_be_built_of_dataclasses(stage):
         n_head: int = 4
 
     log = RunLog(stage / "train.py", config={"model": Model(), "lr": 0.1})
+    log.keep()
     assert load(log.folder / "config.json") == {"model": {"n_head": 4}, "lr": 0.1}
 
 
-def test_a_new_run_starts_over_a_resumed_one_goes_on(stage):
-    first = RunLog(stage / "train.py")
+def finished(stage) -> Path:
+    """The folder of a run that has three metrics and a summary."""
+    log = RunLog(stage / "train.py", config={"lr": 0.1})
     for step in (10, 20, 30):
-        first.metrics(step, loss=1 / step)
-    first.finish(val_loss=1.5)
-    with (first.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        log.metrics(step, loss=1 / step)
+    log.finish(val_loss=1.5)
+    return log.folder
+
+
+def record(folder: Path) -> dict[str, str]:
+    """What a run's folder holds, by file."""
+    return {file.name: file.read_text("utf-8") for file in folder.iterdir()}
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(folder)]
+
+
+def test_a_new_run_leaves_the_earlier_one_until_it_keeps_something(stage):
+    folder = finished(stage)
+    before = record(folder)
+    log = RunLog(stage / "train.py", config={"lr": 0.2})
+    log.metrics(5, loss=3.0)
+    assert record(folder) == before, "a run that is stopped now has cost the earlier one its record"
+    log.keep()
+    assert load(folder / "config.json") == {"lr": 0.2} and steps(folder) == [5], "what came before keep() is lost"
+    assert not (folder / "summary.json").exists(), "the earlier run's result stands beside the new one's metrics"
+    log.metrics(6, loss=2.0)
+    assert steps(folder) == [5, 6], "metrics are written at once, for whoever watches"
+    log.keep()
+    assert steps(folder) == [5, 6], "each checkpoint calls keep(): the second one must not start over"
+    log.finish(val_loss=1.25)
+    assert load(folder / "summary.json")["val_loss"] == 1.25 and steps(folder) == [5, 6]
+
+
+def test_finish_keeps_what_no_checkpoint_has_kept(stage):
+    folder = finished(stage)
+    log = RunLog(stage / "train.py", config={"lr": 0.2})
+    log.metrics(5, loss=3.0)
+    log.finish(val_loss=1.25)
+    assert load(folder / "config.json") == {"lr": 0.2} and steps(folder) == [5]
+    assert load(folder / "summary.json")["val_loss"] == 1.25
+
+
+def test_a_resumed_run_goes_on_from_its_step(stage):
+    folder = finished(stage)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 40, "lo')  # the machine went down here
-    resumed = RunLog(stage / "train.py", resume=True)
-    resumed.metrics(35, loss=0.25)
-    assert [row["step"] for row in read_metrics(resumed.folder)] == [10, 20, 30, 35], "half a line spoilt the next"
-    resumed.rewind(20)
-    resumed.metrics(25, loss=0.5)
-    rows = [(row["step"], row["loss"]) for row in read_metrics(resumed.folder)]
-    assert rows == [(10, 0.1), (20, 0.05), (25, 0.5)], "metrics after the checkpoint would be there twice"
-    again = RunLog(stage / "train.py")
-    assert read_metrics(again.folder) == []
-    assert load(again.folder / "summary.json")["val_loss"] == 1.5, "the last result is lost before there is a new one"
+    log = RunLog(stage / "train.py", resume=20)
+    assert steps(folder) == [10, 20], "metrics after the checkpoint would be there twice"
+    log.metrics(25, loss=0.5)
+    rows = [(row["step"], row["loss"]) for row in read_metrics(folder)]
+    assert rows == [(10, 0.1), (20, 0.05), (25, 0.5)], "half a line spoilt the next"
+    log.keep()
+    assert steps(folder) == [10, 20, 25], "keep() drops the metrics of a resumed run"
 
 
 def test_resuming_where_nothing_is_starts_empty(stage):
-    log = RunLog(stage / "train.py", resume=True)
-    log.rewind(5)
+    log = RunLog(stage / "train.py", resume=5)
     assert read_metrics(log.folder) == []
+
+
+def test_ctrl_c_says_when_nothing_was_kept(stage):
+    folder = finished(stage)
+    before = record(folder)
+    with pytest.raises(KeyboardInterrupt, match="stopped: nothing of this run was kept, .*default is as it was"):
+        with RunLog(stage / "train.py") as log:
+            log.metrics(5, loss=3.0)
+            raise KeyboardInterrupt
+    assert record(folder) == before
+
+
+@pytest.mark.parametrize("resume", [0, 20])
+def test_ctrl_c_claims_nothing_of_a_run_that_was_kept(stage, resume):
+    finished(stage)
+    with pytest.raises(KeyboardInterrupt) as error:
+        with RunLog(stage / "train.py", resume=resume) as log:
+            log.keep()
+            raise KeyboardInterrupt
+    assert not error.value.args
+
+
+def test_ctrl_c_is_told_once_where_several_processes_train(stage, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(KeyboardInterrupt) as error:
+        with RunLog(stage / "train.py") as log:
+            log.keep()
+            raise KeyboardInterrupt
+    assert not error.value.args, "only rank 0 knows what was kept"
+
+
+def test_another_error_passes_through_as_it_is(stage):
+    with pytest.raises(OSError, match="No space left"):
+        with RunLog(stage / "train.py"):
+            raise OSError(28, "No space left on device")
+
+
+def test_a_board_gets_the_metrics_and_is_closed(stage, monkeypatch):
+    seen = []
+
+    class Board:
+        def __init__(self, folder, stage, config):
+            seen.append((folder.name, stage, config))
+
+        def show(self, step, numbers):
+            seen.append((step, numbers))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setattr(boards, "TensorBoard", Board)
+    with pytest.raises(KeyboardInterrupt):
+        with RunLog(stage / "train.py", config={"lr": 0.1}, board="tensorboard") as log:
+            log.metrics(5, loss=3.0)
+            raise KeyboardInterrupt
+    assert seen == [("default", "06_gpt", {"lr": 0.1}), (5, {"loss": 3.0}), "closed"]
+
+
+def test_a_board_whose_package_is_missing(stage, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="wandb is not installed .*: uv pip install wandb, or leave out --board"):
+        RunLog(stage / "train.py", board="wandb")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/x", "-x", "a b", "x\n"])
@@ -136,7 +235,7 @@ def test_only_rank_0_writes(stage, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     log = RunLog(stage / "train.py", config={"seed": 1})
     log.metrics(1, loss=1.0)
-    log.rewind(0)
+    log.keep()
     assert log.finish(val_loss=1.0)["seed"] == 1
     assert not (stage / "out").exists()
 

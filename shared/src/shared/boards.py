@@ -15,7 +15,7 @@ def start(kind: str | None, folder: Path, stage: str, config: dict):
     Raises BadInput when its package is missing or its service does not take the run.
     """
     try:
-        return {None: lambda *about: None, "tensorboard": TensorBoard, "wandb": Wandb}[kind](folder, stage, config)
+        return kind and {"tensorboard": TensorBoard, "wandb": Wandb}[kind](folder, stage, config)
     except ImportError as error:
         raise BadInput(f"{kind} is not installed ({error}): uv pip install {kind}, or leave out --board") from None
 

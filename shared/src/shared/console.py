@@ -8,7 +8,7 @@ Under `torchrun` only rank 0 speaks.
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from time import perf_counter
 
@@ -93,11 +93,15 @@ class Progress:
             self.first = now, step, self.fields.get("tokens", 0)
         if now < self.next:
             return
+        if self.live or abs(step - self.shown) >= PLAIN_SHARE * self.total:
+            self.next, self.shown = now + (REDRAW if self.live else PLAIN), step
+            self.show(now)
+
+    def show(self, now: float) -> None:
+        """Redraw the line, or print it."""
         if self.live:
-            self.next = now + REDRAW
             self.live.update(self.draw(now), refresh=True)
-        elif abs(step - self.shown) >= PLAIN_SHARE * self.total:
-            self.next, self.shown = now + PLAIN, step
+        else:
             say(self.line(now))
 
     def parts(self, now: float) -> list[str]:
@@ -137,16 +141,10 @@ def progress(total: int, title: str) -> Iterator[Progress]:
     Ctrl-C or an error the cursor is back.
     """
     # FORCE_COLOR makes rich call a pipe a terminal; a pipe still must not be redrawn.
-    if not (sys.stdout.isatty() and console.is_interactive) or console.quiet:
-        bar = Progress(total, title)
-        try:
-            yield bar
-        finally:
-            say(bar.line(perf_counter()))
-        return
-    with Live(console=console, auto_refresh=False) as live:
+    redrawn = sys.stdout.isatty() and console.is_interactive and not console.quiet
+    with Live(console=console, auto_refresh=False) if redrawn else nullcontext() as live:
         bar = Progress(total, title, live)
         try:
             yield bar
         finally:
-            live.update(bar.draw(perf_counter()), refresh=True)
+            bar.show(perf_counter())

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import random
+import re
 
 from shared.errors import BadInput
 
@@ -44,21 +45,17 @@ def processes() -> tuple[int, int]:
 
 def choose(device: str) -> torch.device:
     """The device called "auto", "cpu", "cuda", "cuda:1" or "mps". Raises BadInput."""
-    kind, _, index = device.partition(":")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
-        return torch.device("cpu")
-    if device == "mps":
-        if not torch.backends.mps.is_available():
-            raise BadInput("this machine has no MPS device: use --device cpu")
-        return torch.device("mps")
-    if kind == "cuda" and (index.isdecimal() or device == "cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(index or 0) >= count:
-            raise BadInput(f"no device {device!r}, torch sees {count} CUDA devices: use --device auto or cpu")
-        return torch.device(device)
-    raise BadInput(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise BadInput(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("this machine has no MPS device: use --device cpu")
+    kind, _, index = device.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise BadInput(f"no device {device!r}, torch sees {count} CUDA devices: use --device auto or cpu")
+    return torch.device(device)
 
 
 def keep_memory() -> None:

@@ -59,8 +59,7 @@ def add(parser: argparse.ArgumentParser, Config, skip: tuple[str, ...] = ()) -> 
             default = field.default_factory()
         if default is dataclasses.MISSING or field.name in skip:
             continue
-        text = f"{notes.get(field.name, '')} (default: %(default)s)".strip()
-        text = text.replace("%", "%%").replace("%%(default)s", "%(default)s")
+        text = f"{notes.get(field.name, '')} ".replace("%", "%%").lstrip() + "(default: %(default)s)"
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, dest=field.name, default=default, help=text, **reader(kinds[field.name]))
 

@@ -16,7 +16,6 @@ from shared import boards
 from shared.atomic import write
 from shared.errors import BadInput
 
-SUMMARY = ("corpus", "seed", "params", "tokens", "steps", "seconds", "val_loss", "val_bpb")
 FIGURE_BYTES = 100_000
 
 
@@ -42,10 +41,8 @@ class RunLog:
     A new run takes the place of an earlier one of its name only when it has something to show: `keep()`, called with
     the first checkpoint, or `finish()` write `config.json` and the metrics so far. A run that is refused or stopped
     before leaves the earlier one as it is, and Ctrl-C then says so. A run that resumes after step `resume` goes on with
-    the metrics up to there.
-    `board` shows the metrics elsewhere too: "tensorboard" or "wandb". STAGES_OUT, when set, takes the place of the
-    stage's `out` folder. Raises BadInput for a name that is no plain folder name and for a folder that cannot be
-    written to.
+    the metrics up to there. `board` shows the metrics elsewhere too: "tensorboard" or "wandb".
+    Raises BadInput for a name that is no plain folder name and for a folder that cannot be written to.
     """
 
     def __init__(
@@ -58,9 +55,8 @@ class RunLog:
         self.config = json.loads(dumps(config or {}))
         self.begin = time.perf_counter()
         self.writes = os.environ.get("RANK", "0") == "0"
-        self.rows, self.kept = [], resume > 0
+        self.rows, self.kept, self.board = [], resume > 0, None
         if not self.writes:
-            self.board = None
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +73,7 @@ class RunLog:
     def __exit__(self, kind, error, trace):
         if self.board:
             self.board.close()
-        if kind is KeyboardInterrupt and not self.kept:
+        if kind is KeyboardInterrupt and self.writes and not self.kept:
             raise KeyboardInterrupt(f"stopped: nothing of this run was kept, {self.folder} is as it was") from None
 
     def keep(self) -> None:
@@ -126,14 +122,13 @@ class RunLog:
     def finish(self, **headline) -> dict:
         """Write `summary.json` and return it.
 
-        It holds the stage, the script and the run's name, `corpus` and `seed` (from the config unless given),
-        `params`, `tokens`, `steps`, `seconds` (since the run began unless given), `val_loss` in nats per character and
-        `val_bpb` where given, then the script's own headline figures.
+        It holds the stage, the script and the run's name, and unless given `corpus` and `seed` from the config and
+        `seconds` since the run began. A language model gives `params`, `tokens`, `steps`, `val_loss` in nats per
+        character and `val_bpb`, and every script its own headline figures.
         """
-        known = {key: self.config[key] for key in ("corpus", "seed") if key in self.config}
-        known = {**known, "seconds": round(time.perf_counter() - self.begin, 2), **headline}
-        ordered = {key: known[key] for key in (*SUMMARY, *known) if key in known}
-        summary = {"stage": self.stage, "script": self.script, "run": self.folder.name, **ordered}
+        known = {"stage": self.stage, "script": self.script, "run": self.folder.name}
+        known |= {key: self.config[key] for key in ("corpus", "seed") if key in self.config}
+        summary = {**known, "seconds": round(time.perf_counter() - self.begin, 2), **headline}
         if self.writes:
             self.keep()
             write(self.folder / "summary.json", dumps(summary, indent=2) + "\n")

@@ -50,14 +50,6 @@ def decode(data: bytes, path: str, remedy: str) -> str:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start:,}): {remedy}") from None
 
 
-def head(top: Path) -> str:
-    """The current commit. Raises BadInput where there is none."""
-    commit = git(top, "rev-parse", "--verify", "HEAD")
-    if commit is None:
-        raise BadInput(f"{top} has no commit to compare with: `stages carry` needs a git repository")
-    return commit.decode().strip()
-
-
 class Tree:
     """The course's files as they are committed and as they are now."""
 
@@ -156,18 +148,16 @@ def proceed(top: Path, state: State, dry: bool) -> int:
             conflicts = [row for row in rows if row["result"] == CONFLICT]
     if rows:
         table(f"{'would carry' if dry else 'carried'} the fix in {state.fix}", rows)
+    for row in conflicts:
+        say(f"conflict in {row['stage']}/{row['file']}, definition {row['definition']}")
     if dry:
         say("nothing was written")
     elif conflicts:
         record.parent.mkdir(exist_ok=True)
         write(record, json.dumps(asdict(state), indent=1) + "\n")
+        say("choose between the marks <<<<<<< and >>>>>>>, delete the marks, then: uv run stages carry --continue")
     else:
         record.unlink(missing_ok=True)
-    for row in conflicts:
-        say(f"conflict in {row['stage']}/{row['file']}, definition {row['definition']}")
-    if conflicts and not dry:
-        say("choose between the marks <<<<<<< and >>>>>>>, delete the marks, then: uv run stages carry --continue")
-    elif not conflicts and not dry:
         changed = [row["stage"] for row in rows if row["result"] in (CARRIED, MERGED)]
         numbers = dict.fromkeys(name[:2] for name in [*reached, *changed])
         say(f"done: see `git diff`, then uv run stages check {' '.join(numbers)}")
@@ -179,7 +169,10 @@ def begin(top: Path, stage: Stage, dry: bool) -> int:
     later = [other for other in stages(top) if other.number > stage.number]
     if not later:
         raise BadInput(f"{stage.name} is the last stage: there is none to carry a fix to")
-    state = State(stage.name, stage.name, head(top), {})
+    commit = git(top, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        raise BadInput(f"{top} has no commit to compare with: `stages carry` needs a git repository")
+    state = State(stage.name, stage.name, commit.decode().strip(), {})
     tree = Tree(top, state.commit, dry)
     for file in tree.files(stage.name):
         old, new = tree.committed(f"{stage.name}/{file}"), tree.present(f"{stage.name}/{file}")
@@ -233,7 +226,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages carry`."""
     parser = subparsers.add_parser("carry", help="carry an uncommitted fix in a stage through all later ones")
     parser.add_argument("stage", metavar="N", nargs="?", help="the stage that was mended")
     parser.add_argument("--dry-run", action="store_true", help="show what would be carried, write nothing")

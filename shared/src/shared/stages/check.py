@@ -74,12 +74,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages check`."""
-    parser = subparsers.add_parser(
-        "check",
-        help="run the checkpoints of a stage (without N: of this stage, at the root of all)",
-        usage="stages check [N...] [--verbose]",
-    )
+    parser = subparsers.add_parser("check", help="run the checkpoints of stages N, by default of this one or of all")
     parser.add_argument("stages", nargs="*", metavar="N", help="stages: 6, 06 or 06_gpt")
     parser.add_argument("--verbose", action="store_true", help="show pytest's own output, with tracebacks")
     parser.set_defaults(func=command)

@@ -87,11 +87,6 @@ class Change:
         return len(new) - same, len(old) - same
 
 
-def is_main_guard(node: ast.stmt) -> bool:
-    """Whether the statement is `if __name__ == "__main__":`."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-
-
 def targets(node: ast.expr) -> list[str]:
     """The names that an assignment to `node` binds: `a, (b, *c)` -> ["a", "b", "c"]."""
     if isinstance(node, ast.Starred):
@@ -123,7 +118,7 @@ def label(node: ast.stmt, first: bool) -> tuple[str, str]:
             return "imports", "imports"
         case ast.If() | ast.Try() if all(isinstance(child, (ast.Import, ast.ImportFrom)) for child in node.body):
             return "imports", "imports"  # `if TYPE_CHECKING:`, and a package that may be missing
-        case ast.If() if is_main_guard(node):
+        case ast.If() if ast.unparse(node.test) == "__name__ == '__main__'":
             return "main guard", "main guard"
         case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
             return ", ".join(binds(node)), "constant"

@@ -20,10 +20,8 @@ CONTEXT = 3  # unchanged lines around a change
 
 def pair(first: str, second: str | None) -> tuple[Stage, Stage]:
     """The two stages to compare: `A B` as they stand, `N` alone with the stage before it. Raises BadInput."""
-    if second:
-        return find(first), find(second)
-    new = find(first)
-    old = before(new)
+    new = find(second or first)
+    old = find(first) if second else before(new)
     if old is None:
         raise BadInput(f"there is no stage before {new.name}: name two stages, as in `stages diff 1 2`")
     return old, new
@@ -52,15 +50,14 @@ def lines(change: Change) -> Text:
     """The definition whole if it is new, else a unified diff of it, an ellipsis between hunks."""
     if not change.old:
         text = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(change.new)
-        text.rstrip()
-        return text
-    text = Text()
-    diff = difflib.unified_diff(change.old.splitlines(), change.new.splitlines(), n=CONTEXT, lineterm="")
-    for i, line in enumerate(list(diff)[2:]):
-        if line.startswith("@@"):
-            text.append("  ...\n" if i else "", style="dim")
-        else:
-            text.append(f"{line}\n", style={"+": "green", "-": "red"}.get(line[0], ""))
+    else:
+        text = Text()
+        diff = difflib.unified_diff(change.old.splitlines(), change.new.splitlines(), n=CONTEXT, lineterm="")
+        for i, line in enumerate(list(diff)[2:]):
+            if line.startswith("@@"):
+                text.append("  ...\n" if i else "", style="dim")
+            else:
+                text.append(f"{line}\n", style={"+": "green", "-": "red"}.get(line[0], ""))
     text.rstrip()
     return text
 
@@ -72,10 +69,8 @@ def show(changes: list[Change]) -> None:
         console.print(Text(f"\n=== {file} ===", style="bold"), soft_wrap=True)
         for change in mine:
             if change.status != "removed":
-                head = Text.assemble(
-                    "\n--- ", (change.name, "bold"), " ", (change.status, COLOURS[change.status]), " ---"
-                )
-                console.print(head, soft_wrap=True)
+                status = change.status, COLOURS[change.status]
+                console.print(Text.assemble("\n--- ", (change.name, "bold"), " ", status, " ---"), soft_wrap=True)
                 console.print(lines(change), soft_wrap=True)
         removed = [change.name for change in mine if change.status == "removed"]
         if removed:
@@ -110,7 +105,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages diff`."""
     parser = subparsers.add_parser("diff", help="what changed from one stage to the next, by definition")
     parser.add_argument("first", metavar="A", help="a stage; alone: what changed in it")
     parser.add_argument("second", metavar="B", nargs="?", help="the stage to compare A with")

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import timeit
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +30,6 @@ class Finding:
     detail: str
     remedy: str = ""
     required: bool = False
-
-
-def python() -> Finding:
-    found = sys.version.split()[0]
-    return Finding(sys.version_info >= (3, 11), found, "uv python install 3.13, then delete .venv", required=True)
 
 
 def uv() -> Finding:
@@ -81,12 +76,7 @@ def bfloat16() -> Finding:
 
     def seconds(kind: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=kind)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1))
 
     ratio = seconds(torch.float32) / seconds(torch.bfloat16)
     verdict = "" if ratio > 1 else ": float32 is the faster choice here"
@@ -134,7 +124,7 @@ def backward() -> Finding:
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
-    "Python": python,
+    "Python": lambda: Finding(True, sys.version.split()[0]),  # an older one than 3.11 could not be here
     "uv": uv,
     "torch": torch_version,
     "threads": threads,
@@ -176,6 +166,5 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages doctor`."""
     parser = subparsers.add_parser("doctor", help="check this machine: Python, torch, cores, GPU, disk, texts")
     parser.set_defaults(func=command)

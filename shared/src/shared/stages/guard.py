@@ -13,12 +13,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages guard`."""
-    parser = subparsers.add_parser(
-        "guard",
-        help="for contributors: blank each new or changed definition alone; which does no checkpoint miss?",
-        usage="stages guard N [DEFINITION...]",
-    )
+    parser = subparsers.add_parser("guard", help="for contributors: which definition could be blanked unnoticed?")
     parser.add_argument("stage", metavar="N", help="a stage: 6, 06 or 06_gpt")
     parser.add_argument("definitions", metavar="DEFINITION", nargs="*", help="only these: schedule, GPT.forward, GPT")
     parser.set_defaults(func=command)

@@ -17,7 +17,6 @@ from pygments.lexers.python import PythonLexer
 from pygments.token import Token
 
 SIMILAR = 0.5  # two lines at least this alike (0 to 1) are an old and a new version of one line
-FOLD, KEEP = 20, 3  # longer runs of equal lines are folded, but for the lines at their ends
 
 GROUPS = [
     (Token.Comment, "c"), (Token.String, "s"), (Token.Number, "m"), (Token.Keyword, "k"), (Token.Operator.Word, "k"),
@@ -28,104 +27,66 @@ PAGE = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
 def highlight(text: str) -> list[list[tuple[str, str]]]:
-    """The lines of a piece of Python as (CSS class or "", text) runs."""
+    """The lines of a piece of Python, each as its words with their CSS classes: ("k", "def"), ("", " "), ..."""
     lines = [[]]
     for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
         css = next((css for group, css in GROUPS if kind in group), "")
-        for i, part in enumerate(value.split("\n")):
-            if i:
+        for word in re.findall(r"\w+|[^\S\n]+|\W", value):
+            if word == "\n":
                 lines.append([])
-            if part:
-                lines[-1].append((css, part))
+            else:
+                lines[-1].append((css, word))
     return lines
 
 
-def paint(runs: list[tuple[str, str]], marked: frozenset[int], tag: str) -> str:
-    """One highlighted line as HTML; the characters at the positions `marked` stand inside <tag>."""
-    out, at = [], 0
-    for css, text in runs:
-        for mark, places in groupby(range(len(text)), key=lambda i: at + i in marked):
-            part = escape("".join(text[i] for i in places), quote=False)
-            part = f'<span class="{css}">{part}</span>' if css else part
-            out.append(f"<{tag}>{part}</{tag}>" if mark else part)
-        at += len(text)
-    return "".join(out)
+def differences(old: list, new: list) -> tuple[set[int], set[int]]:
+    """Which words of an old and of a new version of a line the other does not have."""
+    marked = set(range(len(old))), set(range(len(new)))
+    for i, j, size in SequenceMatcher(None, old, new, False).get_matching_blocks():
+        marked[0].difference_update(range(i, i + size))
+        marked[1].difference_update(range(j, j + size))
+    return marked
 
 
-def differences(old: str, new: str) -> tuple[frozenset[int], frozenset[int]]:
-    """The positions of the characters that differ between two versions of a line, word by word."""
-    sides = [re.findall(r"\w+|\s+|.", line) for line in (old, new)]
-    marked = [set(range(len(old))), set(range(len(new)))]
-    for block in SequenceMatcher(None, *sides, False).get_matching_blocks():
-        for side, start, places in zip(sides, (block.a, block.b), marked, strict=True):
-            begin = len("".join(side[:start]))
-            places.difference_update(range(begin, begin + len("".join(side[start : start + block.size]))))
-    return frozenset(marked[0]), frozenset(marked[1])
+def align(old: list[str], new: list[str]) -> list[tuple[range, range]]:
+    """Both sides cut into blocks: equal lines, two versions of one line, or lines that only one side has.
 
-
-def versions(old: list[str], new: list[str]) -> list[tuple[int, int]]:
-    """Which old line became which new line: the pairs in order whose likeness is greatest in sum.
-
-    ["a = 1", "b = 2"], ["x()", "b = 3"] -> [(1, 1)]
-    """
-    best = [[(0.0, ())] * (len(new) + 1) for _ in range(len(old) + 1)]
-    for i, before in enumerate(old):
-        for j, after in enumerate(new):
-            best[i + 1][j + 1] = max(best[i][j + 1], best[i + 1][j], key=lambda entry: entry[0])
-            likeness = SequenceMatcher(None, before.strip(), after.strip(), False).ratio()
-            score = best[i][j][0] + likeness
-            if before.strip() and likeness >= SIMILAR and score > best[i + 1][j + 1][0]:
-                best[i + 1][j + 1] = score, (best[i][j][1], (i, j))
-    pairs, chain = [], best[-1][-1][1]
-    while chain:
-        chain, pair = chain
-        pairs.append(pair)
-    return pairs[::-1]
-
-
-def align(old: list[str], new: list[str]) -> list[tuple[str, range, range]]:
-    """Both sides cut into blocks: "same" lines, one line in two "versions", or lines that are "other".
-
-    ["a = 1", "b"], ["a = 2", "b", "c"] -> versions 0:1 0:1, same 1:2 1:2, other 2:2 2:3
+    ["a = 1", "b"], ["a = 2", "b", "c"] -> lines 0:1 and 0:1, 1:2 and 1:2, 2:2 and 2:3
     """
     blocks = []
     for tag, i, i_end, j, j_end in SequenceMatcher(None, old, new, False).get_opcodes():
-        if tag == "equal":
-            blocks.append(("same", range(i, i_end), range(j, j_end)))
-            continue
-        pairs = [(i + a, j + b) for a, b in versions(old[i:i_end], new[j:j_end])]
-        for a, b in [*pairs, (i_end, j_end)]:
-            if a > i or b > j:
-                blocks.append(("other", range(i, a), range(j, b)))
-            if (a, b) in pairs:
-                blocks.append(("versions", range(a, a + 1), range(b, b + 1)))
-            i, j = a + 1, b + 1
+        a, b = range(i, i_end), range(j, j_end)
+        blocks += pair(old, new, a, b) if tag == "replace" else [(a, b)]
     return blocks
 
 
-def block(
-    lines: list[list[tuple[str, str]]], css: str = "", marked: frozenset[int] = frozenset(), tag: str = ""
-) -> str:
-    """Highlighted lines as HTML. A line that wraps goes on two columns right of where it begins."""
+def pair(old: list[str], new: list[str], a: range, b: range) -> list[tuple[range, range]]:
+    """Unequal lines, cut above and below the two that are most alike, then again, until no two are."""
+    pairs = [(i, j) for i in a if old[i].strip() for j in b]
+    alike = [SequenceMatcher(None, old[i].strip(), new[j].strip(), False).ratio() for i, j in pairs]
+    if max(alike, default=0) < SIMILAR:
+        return [(a, b)] if a or b else []
+    i, j = pairs[alike.index(max(alike))]
+    above = pair(old, new, range(a.start, i), range(b.start, j))
+    below = pair(old, new, range(i + 1, a.stop), range(j + 1, b.stop))
+    return [*above, (range(i, i + 1), range(j, j + 1)), *below]
+
+
+def block(lines: list[list[tuple[str, str]]], css: str = "", marked: set[int] = frozenset(), tag: str = "") -> str:
+    """Highlighted lines as HTML, the words at the positions `marked` inside <tag>.
+
+    A line that wraps goes on two columns right of where it begins.
+    """
     out = []
-    for runs in lines:
-        text = "".join(text for _, text in runs)
-        indent = len(text) - len(text.lstrip()) + 2
-        out.append(f'<span style="--in:{indent}ch">{paint(runs, marked, tag)}\n</span>')
+    for words in lines:
+        text = "".join(word for _, word in words)
+        out.append(f'<span style="--in:{len(text) - len(text.lstrip()) + 2}ch">')
+        for (group, mark), run in groupby(enumerate(words), lambda entry: (entry[1][0], entry[0] in marked)):
+            part = escape("".join(word for _, (_, word) in run), quote=False)
+            part = f'<span class="{group}">{part}</span>' if group else part
+            out.append(f"<{tag}>{part}</{tag}>" if mark else part)
+        out.append("\n</span>")
     return f'<pre class="{css}">{"".join(out)}</pre>'
-
-
-def row(left: str, right: str) -> str:
-    return f'<div class="row">{left}{right}</div>\n'
-
-
-def same(lines: list[list[tuple[str, str]]]) -> str:
-    """Equal lines, on both sides; the middle of a long run is folded away."""
-    if len(lines) <= FOLD:
-        return row(block(lines, "twin"), block(lines))
-    head, middle, end = lines[:KEEP], lines[KEEP:-KEEP], lines[-KEEP:]
-    folded = row(block(middle, "twin"), block(middle))
-    return f"{same(head)}<details><summary>{len(middle)} equal lines</summary>{folded}</details>{same(end)}"
 
 
 def side_by_side(change: Change) -> str:
@@ -133,28 +94,28 @@ def side_by_side(change: Change) -> str:
     old, new = change.old.rstrip().split("\n"), change.new.rstrip().split("\n")
     before, after = highlight("\n".join(old)), highlight("\n".join(new))
     rows = []
-    for kind, a, b in align(old, new):
-        if kind == "same":
-            rows.append(same([after[j] for j in b]))
-            continue
-        marks = differences(old[a[0]], new[b[0]]) if kind == "versions" else (frozenset(), frozenset())
-        left = block([before[i] for i in a], "old" if a else "none", marks[0], "del")
-        right = block([after[j] for j in b], "add" if b else "none", marks[1], "ins")
-        rows.append(row(left, right))
+    for a, b in align(old, new):
+        left, right = before[a.start : a.stop], after[b.start : b.stop]
+        if old[a.start : a.stop] == new[b.start : b.stop]:
+            sides = block(right, "twin") + block(right)
+        else:
+            marks = differences(left[0], right[0]) if len(a) == len(b) == 1 else (set(), set())
+            sides = block(left, "old" if a else "none", marks[0], "del")
+            sides += block(right, "add" if b else "none", marks[1], "ins")
+        rows.append(f'<div class="row">{sides}</div>\n')
     return "".join(rows)
 
 
 def section(change: Change) -> str:
     """One definition: both sides if it changed, one if it is new, and folded away if it was removed."""
     added, removed = change.counts
-    note = {"new": f"+{added}", "changed": f"+{added} &minus;{removed}", "removed": f"&minus;{removed}"}[change.status]
     if change.status == "changed":
         body = side_by_side(change)
     else:
         body = block(highlight((change.new or change.old).rstrip()))
     if change.status == "removed":
         body = f"<details><summary>what it was</summary>{body}</details>"
-    head = f'<code>{escape(change.name)}</code> <span class="note">{mark(change)} {note}</span>'
+    head = f'<code>{escape(change.name)}</code> <span class="note">{mark(change)} +{added} &minus;{removed}</span>'
     return f'<section id="{anchor(change)}">\n<h3>{head}</h3>\n{body}\n</section>'
 
 

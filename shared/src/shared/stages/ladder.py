@@ -18,7 +18,6 @@ import sys
 import time
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 
 from shared.atomic import write
 from shared.console import console, say
@@ -40,10 +39,6 @@ class Recipe:
     args: list[str]
     run: str
     name: str
-
-    @property
-    def summary(self) -> Path:
-        return self.stage.path / "out" / self.run / "summary.json"
 
     def __str__(self) -> str:
         return f"uv run stages run {self.stage.number:02} {' '.join(self.args)}"
@@ -106,7 +101,8 @@ def train(recipe: Recipe) -> None:
     env = {key: value for key, value in os.environ.items() if key != "STAGES_OUT"}
     if code := run_child([sys.executable, *recipe.args], PATIENCE, cwd=recipe.stage.path, env=env):
         raise BadInput(f"{recipe} ended with {code}: the ladder is unchanged")
-    if not recipe.summary.exists() or recipe.summary.stat().st_mtime < start - 1:
+    summary = recipe.stage.path / "out" / recipe.run / "summary.json"
+    if not summary.exists() or summary.stat().st_mtime < start - 1:
         raise BadInput(f"{recipe} wrote no out/{recipe.run}/summary.json: set `run` of the rung to the run's folder")
 
 
@@ -183,11 +179,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages ladder`."""
-    parser = subparsers.add_parser(
-        "ladder",
-        help="for contributors: train every rung, then rewrite the README's ladder table and figure",
-        usage="stages ladder [--no-train]",
-    )
+    parser = subparsers.add_parser("ladder", help="for contributors: train every rung, rewrite the README's ladder")
     parser.add_argument("--no-train", action="store_true", help="rewrite from the runs that exist")
     parser.set_defaults(func=command)

@@ -15,14 +15,12 @@ def best_loss(stage: repo.Stage) -> str:
 
     Losses on different texts do not compare: Tiny Shakespeare goes first, any other text is named.
     """
-    losses: dict[str, list[float]] = {}
-    for summary in summaries(stage).values():
-        if isinstance(summary.get("val_loss"), int | float):
-            losses.setdefault(str(summary.get("corpus", "")), []).append(summary["val_loss"])
-    if not losses:
+    runs = [run for run in summaries(stage).values() if isinstance(run.get("val_loss"), int | float)]
+    if not runs:
         return ""
-    corpus = "shakespeare" if "shakespeare" in losses else min(losses)
-    return f"{min(losses[corpus]):.3f}" + ("" if corpus == "shakespeare" else f" ({corpus})")
+    losses = [(str(run.get("corpus", "")), run["val_loss"]) for run in runs]
+    corpus, loss = min(losses, key=lambda entry: (entry[0] != "shakespeare", *entry))
+    return f"{loss:.3f}" + ("" if corpus == "shakespeare" else f" ({corpus})")
 
 
 def passed(progress: Progress | None) -> str:

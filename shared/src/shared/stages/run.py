@@ -70,7 +70,6 @@ def run_child(words: list[str], patience: float, **options) -> int:
 
 
 def add(subparsers) -> None:
-    """Register `stages run`."""
     parser = subparsers.add_parser(
         "run",
         help="run a stage's main script, or another of its scripts",
