@@ -373,7 +373,7 @@ def test_every_layer_starts_at_its_scale():
     for name in ("tok_emb.weight", "pos_emb"):
         std = model.get_parameter(name).std().item()
         assert std == pytest.approx(60**-0.5, rel=0.05), (
-            f"{name} starts with spread {std:.3f}, not 1 / sqrt(60): a token's vector is its row of the output layer too"
+            f"{name} starts with spread {std:.3f}, not 1 / sqrt(60): a token has the same vector in and out"
         )
     assert (model.norm.weight == 0.1).all(), "the last norm starts at 0.1, so that the first scores are small"
 
@@ -537,11 +537,9 @@ def test_the_stream_keeps_its_size_at_any_depth():
 def test_gpt2_has_its_parameters(monkeypatch):
     """The preset gpt2 has the 124,439,808 parameters of GPT-2's smallest model."""
     preset = {key: value for key, value in PRESETS["gpt2"].items() if key in ModelConfig.__dataclass_fields__}
-    for name in ("normal_", "zeros_", "constant_"):
-        monkeypatch.setattr(nn.init, name, lambda p, *args, **how: p)  # only the shapes are wanted,
-    with torch.device("meta"):  # and no memory
-        model = GPT(ModelConfig(**preset))
-    count = sum(p.numel() for p in model.parameters())
+    for name in ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "constant_"):
+        monkeypatch.setattr(nn.init, name, lambda p, *args, **how: p)  # only the shapes are wanted: touch no memory
+    count = sum(p.numel() for p in GPT(ModelConfig(**preset)).parameters())
     assert count == 124_439_808, f"{count:,} parameters: the preset gpt2 is not GPT-2's smallest model"
 
 
