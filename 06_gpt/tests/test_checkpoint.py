@@ -11,7 +11,10 @@ import torch
 import checkpoint
 from checkpoint import load, save
 from model import GPT, ModelConfig
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, train_tokenizer
+from train import TrainConfig, make_optimizer
+
+RUN = {"optimizer": {}, "step": 7, "seconds": 1.5, "args": {"lr": 0.1, "board": None}}  # what a run needs to go on
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def saved(tmp_path):
     tokenizer = CharTokenizer("the cat sat\n")
     model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
     path = tmp_path / "model.pt"
-    save(path, model, tokenizer)
+    save(path, model, tokenizer, **RUN)
     return model, tokenizer, path
 
 
@@ -47,7 +50,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(part, saved, monkeypatch):
 
     monkeypatch.setattr(type(path) if part == "write_bytes" else os, part, full_disk)
     with pytest.raises(OSError):
-        save(path, model, tokenizer)
+        save(path, model, tokenizer, **RUN)
     monkeypatch.undo()
     assert path.read_bytes() == before, "write to another file and rename it: the old one stays until the new is whole"
     assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "half a checkpoint fills the disk for nothing"
@@ -71,9 +74,13 @@ def damage(path, model, tokenizer):
         "another shape": {"config": state["config"] | {"n_embd": 12}},
         "unknown field": {"config": state["config"] | {"n_unknown": 4}},
         "impossible shape": {"config": state["config"] | {"vocab_size": 0}},
-        "a letter missing": {"tokenizer": CharTokenizer(tokenizer.chars[1:]).chars},
+        "a letter missing": {"tokenizer": CharTokenizer(tokenizer.chars[1:]).state()},
+        "more tokens": {"tokenizer": train_tokenizer("byte", "", 0).state()}, "no kind": {"tokenizer": {}},
+        "no letters": {"tokenizer": {"kind": "char"}}, "no bytes": {"tokenizer": {"kind": "bpe"}},
     }
     others = {"list": [1, 2], "tensor": torch.zeros(3), "incomplete": {"config": state["config"]}}
+    for part in ("config", "tokenizer", "model", "optimizer", "step", "args"):
+        others[f"without {part}"] = {key: state[key] for key in state.keys() - {part}}
     for name, content in (others | {name: state | change for name, change in changes.items()}).items():
         torch.save(content, path)
         yield name, path.read_bytes()
@@ -137,3 +144,46 @@ def test_opening_a_checkpoint_never_runs_code(saved):
     with pytest.raises(BadInput):
         load(path)
     assert RAN == [], "opening a stranger's file ran the code in it: load weights only"
+
+
+def test_a_checkpoint_holds_what_a_run_needs_to_go_on(saved):
+    """Beside the weights a checkpoint holds the step, the flags and the optimiser's moments, all to the last bit."""
+    model, tokenizer, path = saved
+    optimizer = make_optimizer(model, TrainConfig())
+    model(torch.randint(len(tokenizer), (5, 3))).square().sum().backward()
+    optimizer.step()
+    save(path, model, tokenizer, **RUN | {"optimizer": optimizer.state_dict()})
+    again, _, state = load(path)
+    for key in ("step", "seconds", "args"):
+        assert state[key] == RUN[key], f"{key} came back as {state[key]!r}, not {RUN[key]!r}"
+    other = make_optimizer(again, TrainConfig())
+    other.load_state_dict(state["optimizer"])
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[a][moment], other.state[b][moment]), f"the optimiser's {moment} is lost"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_every_tokenizer_travels_with_its_model(kind, tmp_path):
+    """A checkpoint knows its tokenizer, be it of characters, bytes or byte pairs."""
+    tokenizer = train_tokenizer(kind, "the cat sat on the mat " * 9, 270)
+    model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
+    save(tmp_path / "model.pt", model, tokenizer, **RUN)
+    _, again, _ = load(tmp_path / "model.pt")
+    assert again.encode("the mat") == tokenizer.encode("the mat"), "other ids than those the model was trained on"
+    assert again.state() == tokenizer.state(), "a part of the tokenizer was lost"
+
+
+def test_a_disk_that_is_really_full(saved):
+    """Where the system writes no more bytes, saving raises OSError and the checkpoint of before stays."""
+    resource = pytest.importorskip("resource", reason="no limits to the size of files on this system")
+    model, tokenizer, path = saved
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save(path, model, tokenizer, **RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before, "the checkpoint of before is lost"
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "half a checkpoint fills the disk for nothing"

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+import sample as script
 from checkpoint import save
 from model import GPT, ModelConfig
 from sample import SampleConfig, filter_logits, generate, main, sample
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, train_tokenizer
+
+RUN = {"optimizer": {}, "step": 7, "seconds": 1.5, "args": {}}  # what a run needs to go on
 
 
 @pytest.fixture(autouse=True)
@@ -297,7 +300,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "out" / "tiny").mkdir(parents=True)
     tokenizer = CharTokenizer("the cat sat\n")
     model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
-    save(tmp_path / "out" / "tiny" / "model.pt", model, tokenizer)
+    save(tmp_path / "out" / "tiny" / "model.pt", model, tokenizer, **RUN)
     return ["--name", "tiny", "--device", "cpu"]
 
 
@@ -347,3 +350,69 @@ def test_the_script_refuses_bad_input(words, message, run):
     """A wrong value at the command line is one clear line."""
     with pytest.raises(BadInput, match=message):
         main([*run, *words])
+
+
+def test_sampling_drops_nothing():
+    """Text is drawn from the whole model: dropout is off while it writes, and on again for the training after it."""
+    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=16, n_head=2, n_layer=2, dropout=0.5))
+    nn.init.ones_(model.norm.weight)  # so that scores differ enough for a dropped unit to matter
+    context = torch.zeros(1, 3, dtype=torch.long)
+    texts = [sample(model, context, 50, SampleConfig(temperature=0.0)).tolist() for _ in range(2)]
+    assert texts[0] == texts[1], "the likeliest token changes from call to call: units are dropped while sampling"
+    assert model.training, "training would go on without dropout"
+
+
+def test_a_generator_of_its_own_leaves_the_others_alone():
+    """With a generator of its own, sampling uses none of the random numbers of the training around it."""
+    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_head=2, n_layer=1, dropout=0.5))
+    before = torch.get_rng_state()
+    expected = torch.rand(3)
+    torch.set_rng_state(before)
+    sample(model, torch.zeros(2, 3, dtype=torch.long), 5, SampleConfig(), torch.Generator().manual_seed(1))
+    assert torch.equal(torch.rand(3), expected), "the run's next random numbers are others after a sample was written"
+
+
+@pytest.fixture
+def bytes_run(run, tmp_path, monkeypatch):
+    """A run on bytes, and a function: ids that the model "draws" -> pieces of text, printed before each draw."""
+    tokenizer = train_tokenizer("byte", "", 0)
+    model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
+    save(tmp_path / "out" / "tiny" / "model.pt", model, tokenizer, **RUN)
+    said = []
+    monkeypatch.setattr(script, "say", lambda text="", end="\n": said.append(text + end))
+
+    def write(ids) -> list[str]:
+        said.clear()
+        after = []
+
+        def drawn(*args, **kwargs):
+            for i in ids:
+                yield torch.tensor([i])
+                after.append("".join(said))
+
+        monkeypatch.setattr(script, "generate", drawn)
+        main([*run, "--prompt", "ö:", "--length", str(len(ids))])
+        return [*after[:len(ids)], "".join(said)]
+
+    return write
+
+
+def test_a_character_cut_between_tokens_is_printed_whole(bytes_run):
+    """Text appears token by token, but a character of several bytes only when its last byte has come."""
+    text = "aé€🙂!言葉"
+    ids = list(text.encode("utf-8"))
+    *pieces, whole = bytes_run(ids)
+    for i, piece in enumerate(pieces, 1):
+        expected = "ö:" + bytes(ids[:i]).decode("utf-8", errors="ignore")
+        assert piece == expected, f"after {i} bytes of {text!r} the script has printed {piece!r}, not {expected!r}"
+    assert whole == f"ö:{text}\n", "the prompt, the text and the end of the line"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_printed_in_pieces_the_text_is_the_same(seed, bytes_run):
+    """Whatever a young model writes, the pieces printed are the decoded text: no byte is lost, and none comes twice."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(256, (40,), generator=generator).tolist()  # mostly no UTF-8
+    ids = [*ids[:20], *"né".encode()[:2 + seed % 2], *ids[20:], *"🙂".encode()[:seed % 5]]  # cut at the end, perhaps
+    whole = bytes_run(ids)[-1]
+    assert whole == "ö:" + bytes(ids).decode("utf-8", errors="replace") + "\n", "the printed text is not the tokens'"
