@@ -1,8 +1,7 @@
-"""Checkpoints of sampling: temperature, top-k and top-p against plain enumeration; checkpoints read without trust."""
+"""Checkpoints of sampling: temperature, top-k and top-p against plain enumeration; texts of a batch go on apart."""
 
-import io
+import itertools
 import math
-import pickle
 from fractions import Fraction
 
 from shared.errors import BadInput
@@ -11,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import train
+import sample as script
+from checkpoint import save
 from model import GPT, ModelConfig
-from sample import SampleConfig, filter_logits, load, main, sample
+from sample import SampleConfig, filter_logits, generate, main, sample
 from tokenizer import CharTokenizer, train_tokenizer
+
+RUN = {"optimizer": {}, "step": 7, "seconds": 1.5, "args": {}}  # what a run needs to go on
 
 
 @pytest.fixture(autouse=True)
@@ -77,15 +79,6 @@ def test_top_k_keeps_exactly_k():
     assert kept([0.0] * 300, top_k=7) == list(range(7)), "300 tokens that tie: the sort must be stable"
 
 
-def test_top_k_leaves_the_ratios():
-    """Among the tokens that stay, top-k and top-p do not change who is how much likelier than whom."""
-    scores = torch.tensor([2.0, 5.0, -1.0, 4.0, 0.0])
-    for choice in ({"top_k": 3}, {"top_p": 0.9}, {"top_k": 4, "top_p": 0.95}):
-        out = filter_logits(scores, SampleConfig(**choice))
-        stay = out > -math.inf
-        assert stay.sum() >= 2 and torch.equal(out[stay], scores[stay].double()), f"{choice} changes scores that stay"
-
-
 def test_top_p_keeps_the_token_that_crosses_p():
     """Top-p adds tokens from the likeliest down until p is reached: the one that crosses p is the last to stay."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.double).log2() * math.log(2)
@@ -118,6 +111,16 @@ def test_top_p_looks_at_what_top_k_left():
     assert kept(logits, top_p=0.5, temperature=2.0) == [0, 1], "at temperature 2 the first has 0.33"
 
 
+def test_what_stays_keeps_its_ratios():
+    """Among the tokens that stay, top-k and top-p do not change who is how much likelier than whom."""
+    scores = torch.tensor([2.0, 5.0, -1.0, 4.0, 0.0])  # P = 0.04, 0.70, 0.00, 0.26, 0.00
+    for choice in ({"top_k": 3}, {"top_p": 0.9}, {"top_k": 4, "top_p": 0.95}):
+        out = filter_logits(scores, SampleConfig(**choice))
+        stay = out > -math.inf
+        assert stay.sum() >= 2, f"{choice} leaves {stay.sum()} token of several that it should keep"
+        assert torch.equal(out[stay], scores[stay].double()), f"{choice} changes the scores of tokens that stay"
+
+
 def test_every_combination_against_enumeration():
     """Temperature, top-k and top-p in all combinations give the probabilities that plain Python works out."""
     rows = torch.randn(4, 9) * 2
@@ -145,13 +148,14 @@ def test_the_scores_are_left_alone():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"top_k": 0}, "top_k is 0: it must be at least 1"),
-        ({"top_k": -2}, "top_k is -2"),
-        ({"top_p": 0.0}, "top_p is 0.0: it must be above 0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_p": math.nan}, "top_p is nan"),
-        ({"temperature": -0.5}, "temperature is -0.5: it must be 0 or more"),
-        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
     ],
     ids=str,
 )
@@ -184,8 +188,8 @@ class Scores(nn.Module):
 def test_draws_have_the_right_frequencies(choice):
     """4,000 draws come as often as the filtered probabilities say, within four standard deviations."""
     scores = [1.0, 0.0, 2.0, 1.5]
-    drawn = sample(Scores(scores), torch.zeros(3, dtype=torch.long), 4000, SampleConfig(**choice))
-    counts = torch.bincount(drawn, minlength=4).tolist()
+    drawn = sample(Scores(scores), torch.zeros(8, 3, dtype=torch.long), 500, SampleConfig(**choice))
+    counts = torch.bincount(drawn.flatten(), minlength=4).tolist()
     for i, p in enumerate(probabilities(scores, **choice)):
         slack = 4 * math.sqrt(4000 * p * (1 - p))
         expected = f"expected {4000 * p:.0f} ± {slack:.0f}"
@@ -195,10 +199,37 @@ def test_draws_have_the_right_frequencies(choice):
 def test_the_model_sees_the_last_tokens_only():
     """Each draw shows the model the last block_size tokens, what it wrote itself included, in order."""
     model = Scores([0.0] * 10, copy=True)
-    new = sample(model, torch.tensor([9, 8, 1, 2, 3]), 7, SampleConfig(temperature=0.0))
+    [new] = sample(model, torch.tensor([[9, 8, 1, 2, 3]]), 7, SampleConfig(temperature=0.0))
     assert new.tolist() == [2, 3, 4, 3, 4, 5, 4], "each token is the one three back, plus 1"
     windows = [[1, 2, 3], [2, 3, 2], [3, 2, 3], [2, 3, 4], [3, 4, 3], [4, 3, 4], [3, 4, 5]]
-    assert [row for [row] in model.seen] == windows
+    assert [row for [row] in model.seen] == windows, "the window is the newest block_size tokens, oldest first"
+
+
+def test_texts_of_a_batch_go_on_apart():
+    """Several texts are continued at once, each from its own context alone: one token a step for every text."""
+    contexts = torch.tensor([[9, 8, 1, 2, 3], [4, 4, 5, 7, 9], [0, 0, 0, 0, 0]])
+    first = next(generate(Scores([0.0] * 10, copy=True), contexts, SampleConfig(temperature=0.0)))
+    assert first.tolist() == [2, 6, 1], "a step yields [B], one token for each of the three texts"
+    new = sample(Scores([0.0] * 10, copy=True), contexts, 6, SampleConfig(temperature=0.0))
+    for context, row in zip(contexts, new, strict=True):
+        [alone] = sample(Scores([0.0] * 10, copy=True), context[None], 6, SampleConfig(temperature=0.0))
+        assert row.tolist() == alone.tolist(), "a text depends on its neighbours in the batch"
+
+
+def test_equal_texts_of_a_batch_do_not_stay_equal():
+    """Each text of a batch draws for itself: two that begin alike part company."""
+    new = sample(Scores([0.0] * 10), torch.zeros(2, 3, dtype=torch.long), 20, SampleConfig())
+    assert new[0].tolist() != new[1].tolist(), "one draw serves the whole batch"
+
+
+def test_tokens_come_as_they_are_drawn():
+    """Generating works step by step: the model runs once for each token that is asked for, and never ahead."""
+    model = Scores([0.0] * 10, copy=True)
+    steps = generate(model, torch.tensor([[1, 2, 3]]), SampleConfig())
+    assert len(model.seen) == 0, "nothing is drawn before it is asked for"
+    for _ in itertools.islice(steps, 4):
+        pass
+    assert len(model.seen) == 4, f"4 tokens took {len(model.seen)} runs of the model: a text could not be shown live"
 
 
 class Places(nn.Module):
@@ -214,198 +245,67 @@ class Places(nn.Module):
 
 def test_the_last_position_answers():
     """The next token is drawn from the last position's scores, be the context short or full."""
-    new = sample(Places(6), torch.zeros(3, dtype=torch.long), 6, SampleConfig())
+    [new] = sample(Places(6), torch.zeros(1, 3, dtype=torch.long), 6, SampleConfig())
     assert new.tolist() == [2, 3, 4, 5, 5, 5], "each position answers for the token after it: the new one comes last"
-    new = sample(Places(6), torch.zeros(1, dtype=torch.long), 3, SampleConfig())
+    [new] = sample(Places(6), torch.zeros(1, 1, dtype=torch.long), 3, SampleConfig())
     assert new.tolist() == [0, 1, 2], "a context of one token is enough"
 
 
 def test_sampling_repeats_with_its_generator():
     """The same generator state writes the same text, another one another text, and `length` tokens of it."""
     model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_head=2, n_layer=1))
-    context = torch.zeros(3, dtype=torch.long)
+    context = torch.zeros(1, 3, dtype=torch.long)
     texts = [
-        sample(model, context, 50, SampleConfig(), torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)
+        sample(model, context, 50, SampleConfig(), torch.Generator().manual_seed(s))[0].tolist() for s in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2], "the generator decides what is drawn"
     assert all(len(text) == 50 for text in texts), "length tokens, the context not among them"
 
 
-def test_sampling_drops_nothing():
-    """Text is drawn from the whole model: dropout is off while it writes, and on again for the training after it."""
-    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=16, n_head=2, n_layer=2, dropout=0.5, init_std=0.5))
-    context = torch.zeros(3, dtype=torch.long)
-    before = torch.get_rng_state()
-    texts = [sample(model, context, 50, SampleConfig(temperature=0.0)).tolist() for _ in range(2)]
-    assert texts[0] == texts[1], "the likeliest token changes from call to call: units are dropped while sampling"
-    assert model.training, "training would go on without dropout"
-    sample(model, context, 5, SampleConfig(), torch.Generator().manual_seed(1))
-    torch.set_rng_state(before)
-    expected = torch.rand(3)
-    torch.set_rng_state(before)
-    sample(model, context, 5, SampleConfig(), torch.Generator().manual_seed(1))
-    assert torch.equal(torch.rand(3), expected), "with a generator of its own, sampling leaves the run's numbers alone"
+def test_sampling_records_no_gradients():
+    """Nothing that sampling computes is kept for a backward pass: memory would grow with every token."""
+    kept = []
+
+    class Watch(Scores):
+        def forward(self, idx):
+            kept.append(torch.is_grad_enabled())
+            return super().forward(idx)
+
+    steps = generate(Watch([0.0] * 10), torch.tensor([[1, 2, 3]]), SampleConfig())
+    next(steps)
+    assert torch.is_grad_enabled(), "while a token is looked at, the caller's own gradients are switched off"
+    next(steps)
+    assert kept == [False, False], "the model runs with gradients on: use torch.no_grad"
 
 
-def write(path, model, tokenizer):
-    """A checkpoint as train.py writes it, with what its run needs to go on."""
-    optimizer = train.make_optimizer(model, train.TrainConfig())
-    train.save(path, model, optimizer, tokenizer, step=7, seconds=1.5, args={"lr": 0.1, "minutes": None})
-    return optimizer
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A model with its tokenizer, and the file that train.save wrote of them."""
-    tokenizer = CharTokenizer("\n acehst")
-    model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
-    path = tmp_path / "model.pt"
-    write(path, model, tokenizer)
-    return model, tokenizer, path
-
-
-def test_a_checkpoint_comes_back_as_it_was(checkpoint):
-    """What train.save wrote, sample.load reads: same shape, same weights, same tokenizer, and nothing else on disk."""
-    model, tokenizer, path = checkpoint
-    again, chars, state = load(path)
-    assert again.config == model.config, "the shape is saved with the weights"
-    assert chars.chars == tokenizer.chars, "ids mean nothing without the tokenizer they were made with"
-    idx = torch.randint(len(tokenizer), (5, 3))
-    assert torch.equal(again(idx), model(idx)), "a weight changed on its way through the file"
-    assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "the partial file is renamed, not left behind"
-    assert (state["step"], state["seconds"], state["args"]) == (7, 1.5, {"lr": 0.1, "minutes": None})
-
-
-def test_a_checkpoint_holds_the_optimizer_and_the_random_numbers(checkpoint):
-    """Beside the weights, a checkpoint holds the optimiser's moments and the state of the random numbers."""
-    model, tokenizer, path = checkpoint
-    optimizer = train.make_optimizer(model, train.TrainConfig())
-    model(torch.randint(len(tokenizer), (5, 3))).square().sum().backward()
-    optimizer.step()
-    train.save(path, model, optimizer, tokenizer, step=1, seconds=0.0, args={})
-    expected = torch.rand(5)
-    again, _, state = load(path)
-    other = train.make_optimizer(again, train.TrainConfig())
-    other.load_state_dict(state["optimizer"])
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(optimizer.state[a][moment], other.state[b][moment]), f"{moment} is lost"
-    torch.set_rng_state(state["rng"])
-    assert torch.equal(torch.rand(5), expected), "after loading the same random numbers follow as after saving"
-
-
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_every_tokenizer_travels_with_its_model(kind, tmp_path):
-    """A checkpoint knows its tokenizer, be it of characters, bytes or byte pairs."""
-    tokenizer = train_tokenizer(kind, "the cat sat on the mat " * 9, 270)
-    model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
-    write(tmp_path / "model.pt", model, tokenizer)
-    _, again, _ = load(tmp_path / "model.pt")
-    assert again.encode("the mat") == tokenizer.encode("the mat"), "other ids than those the model was trained on"
-    assert again.state() == tokenizer.state()
-
-
-@pytest.mark.parametrize("error", [OSError, RuntimeError])
-def test_a_failed_save_keeps_the_old_checkpoint(error, checkpoint, monkeypatch):
-    """A save that breaks off half-way leaves the checkpoint of before untouched, and no half of a new one."""
-    model, tokenizer, path = checkpoint
-    before = path.read_bytes()
-
-    def full_disk(state, file):
-        file.write_bytes(b"half of it")
-        raise error("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space left|is the disk full"):
-        write(path, model, tokenizer)
-    assert path.read_bytes() == before, "write to another file and rename it: the old one stays until the new is whole"
-    assert [p.name for p in path.parent.iterdir()] == ["model.pt"], "half a checkpoint fills the disk for nothing"
-
-
-def test_a_disk_that_is_really_full(checkpoint):
-    """Where the system writes no more bytes, the error is one that the command line puts into one line."""
-    resource = pytest.importorskip("resource", reason="no limits to the size of files on this system")
-    model, tokenizer, path = checkpoint
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(OSError, match="model.pt: is the disk full"):
-            write(path, model, tokenizer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before, "the checkpoint of before is lost"
-
-
-def test_a_missing_checkpoint_is_explained(tmp_path):
-    """Without a checkpoint the message says where it was looked for and how to make one."""
-    with pytest.raises(BadInput, match="no checkpoint at .*nowhere.pt: train first"):
-        load(tmp_path / "nowhere.pt")
-
-
-@pytest.mark.filterwarnings("ignore")  # torch grumbles about them before it gives up
-def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
-    """A file that was cut short, overwritten, or holds something else is refused in one line."""
-    model, tokenizer, path = checkpoint
-    whole = path.read_bytes()
-    damaged = {"empty": b"", "text": b"ROMEO:\n", "pickle": pickle.dumps([1, 2])}
-    damaged |= {f"{share} %": whole[:len(whole) * share // 100] for share in (1, 50, 99)}
-    for name, content in damaged.items():
-        path.write_bytes(content)
-        with pytest.raises(BadInput, match="damaged or from another version"):
-            load(path)
-            pytest.fail(f"{name}: read without complaint")
-    state = torch.load(io.BytesIO(whole), weights_only=True)
-    others = {
-        "list": [1, 2], "tensor": torch.zeros(3), "no weights": {**state, "model": {}},
-        "other shape": state | {"config": {"vocab_size": len(tokenizer)}}, "no tokenizer": state | {"tokenizer": {}},
-        "unknown field": state | {"config": {"vocab_size": 5, "n_hidden": 4}},
-        "impossible shape": state | {"config": {"vocab_size": 0}}, "no bytes": state | {"tokenizer": {"kind": "bpe"}},
-    }
-    for name, content in others.items():
-        torch.save(content, path)
-        with pytest.raises(BadInput, match="damaged or from another version"):
-            load(path)
-            pytest.fail(f"{name}: read without complaint")
-
-
-RAN = []
-
-
-def explode(word):
-    RAN.append(word)
-
-
-class Bomb:
-    """Unpickling this calls a function: what a hostile checkpoint does."""
-
-    def __reduce__(self):
-        return explode, ("boom",)
-
-
-def test_opening_a_checkpoint_never_runs_code(checkpoint):
-    """A checkpoint is data: one that carries code is refused, and the code does not run."""
-    _, _, path = checkpoint
-    torch.save({"config": Bomb()}, path)
-    torch.load(path, weights_only=False)
-    assert RAN == ["boom"], "the bomb of this test must be a live one"
-    RAN.clear()
-    with pytest.raises(BadInput, match="damaged or from another version"):
-        load(path)
-    assert RAN == [], "opening a stranger's file ran the code in it: load weights only"
+@pytest.mark.parametrize("mode", [True, False])
+def test_sampling_leaves_the_mode_as_it_was(mode):
+    """Between two tokens and after the last the model is in the mode it was found in, training or evaluation."""
+    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_head=2, n_layer=1)).train(mode)
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    steps = generate(model, torch.zeros(1, 3, dtype=torch.long), SampleConfig())
+    for _ in range(2):
+        next(steps)
+        assert [module.training for module in model.modules()] == [mode] * len(list(model.modules())), (
+            f"the model had training={mode} and is left in the other mode: what trains it next goes wrong"
+        )
+    assert seen == [False, False], "the model runs in training mode while it samples"
 
 
 @pytest.fixture
-def run(checkpoint, tmp_path, monkeypatch):
-    """The checkpoint in its place, as the run "tiny"."""
+def run(tmp_path, monkeypatch):
+    """A checkpoint in its place, as the run "tiny"."""
     monkeypatch.setenv("STAGES_OUT", str(tmp_path / "out"))
-    folder = tmp_path / "out" / "tiny"
-    folder.mkdir(parents=True)
-    checkpoint[2].rename(folder / "model.pt")
-    return ["--name", "tiny"]
+    (tmp_path / "out" / "tiny").mkdir(parents=True)
+    tokenizer = CharTokenizer("the cat sat\n")
+    model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
+    save(tmp_path / "out" / "tiny" / "model.pt", model, tokenizer, **RUN)
+    return ["--name", "tiny", "--device", "cpu"]
 
 
 def test_the_script_continues_the_prompt(run, capsys):
-    """`sample.py` prints the prompt and as many tokens after it as asked for; the same seed writes the same."""
+    """`sample.py` prints the prompt and as many characters after it as asked for; the same seed writes the same."""
     texts = []
     for seed in (1, 1, 2):
         main([*run, "--prompt", "the cat", "--length", "40", "--seed", str(seed)])
@@ -414,17 +314,35 @@ def test_the_script_continues_the_prompt(run, capsys):
     assert texts[0] == texts[1] != texts[2], "the seed decides what is written"
 
 
+@pytest.mark.parametrize("prompt", ["t", "the", "the cat sat"])
+def test_the_script_shows_the_model_the_end_of_the_prompt(prompt, run, capsys, monkeypatch):
+    """The first draw is given the newest characters of the prompt, whatever its length, and the prompt stands first."""
+    seen, forward = [], GPT.forward
+
+    def watch(self, idx):
+        seen.append(idx.tolist())
+        return forward(self, idx)
+
+    monkeypatch.setattr(GPT, "forward", watch)
+    main([*run, "--prompt", prompt, "--length", "2"])
+    [first], text = seen[0], capsys.readouterr().out
+    given = [CharTokenizer("the cat sat\n").index[char] for char in prompt][-3:]
+    assert first == given, f"the model saw {first}, and {prompt!r} ends in {given}"
+    assert text.startswith(prompt) and len(text) == len(prompt) + 3, "the prompt, 2 characters, the end of the line"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--name", "never-trained"], "no checkpoint at"),
-        (["--prompt", "the dog"], "'d' is not among the 8 known"),
-        (["--prompt", ""], "--prompt is empty"),
-        (["--length", "0"], "write at least 1"),
-        (["--top-k", "0"], "top_k is 0"),
-        (["--top-p", "0"], "top_p is 0.0"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--top-k", "few"], "invalid int value"),
+        (["--name", "never-trained"], "never-trained"),
+        (["--prompt", "the dog"], "'d'"),
+        (["--prompt", ""], "--prompt"),
+        (["--length", "0"], "--length"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-p", "0"], "top_p"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-k", "few"], "top-k"),
+        (["--device", "abacus"], "abacus"),
     ],
     ids=lambda value: value[0].strip("-") + value[1] if isinstance(value, list) else "",
 )
@@ -432,3 +350,69 @@ def test_the_script_refuses_bad_input(words, message, run):
     """A wrong value at the command line is one clear line."""
     with pytest.raises(BadInput, match=message):
         main([*run, *words])
+
+
+def test_sampling_drops_nothing():
+    """Text is drawn from the whole model: dropout is off while it writes, and on again for the training after it."""
+    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=16, n_head=2, n_layer=2, dropout=0.5))
+    nn.init.ones_(model.norm.weight)  # so that scores differ enough for a dropped unit to matter
+    context = torch.zeros(1, 3, dtype=torch.long)
+    texts = [sample(model, context, 50, SampleConfig(temperature=0.0)).tolist() for _ in range(2)]
+    assert texts[0] == texts[1], "the likeliest token changes from call to call: units are dropped while sampling"
+    assert model.training, "training would go on without dropout"
+
+
+def test_a_generator_of_its_own_leaves_the_others_alone():
+    """With a generator of its own, sampling uses none of the random numbers of the training around it."""
+    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_head=2, n_layer=1, dropout=0.5))
+    before = torch.get_rng_state()
+    expected = torch.rand(3)
+    torch.set_rng_state(before)
+    sample(model, torch.zeros(2, 3, dtype=torch.long), 5, SampleConfig(), torch.Generator().manual_seed(1))
+    assert torch.equal(torch.rand(3), expected), "the run's next random numbers are others after a sample was written"
+
+
+@pytest.fixture
+def bytes_run(run, tmp_path, monkeypatch):
+    """A run on bytes, and a function: ids that the model "draws" -> pieces of text, printed before each draw."""
+    tokenizer = train_tokenizer("byte", "", 0)
+    model = GPT(ModelConfig(vocab_size=len(tokenizer), block_size=3, n_embd=4, n_head=2, n_layer=1))
+    save(tmp_path / "out" / "tiny" / "model.pt", model, tokenizer, **RUN)
+    said = []
+    monkeypatch.setattr(script, "say", lambda text="", end="\n": said.append(text + end))
+
+    def write(ids) -> list[str]:
+        said.clear()
+        after = []
+
+        def drawn(*args, **kwargs):
+            for i in ids:
+                yield torch.tensor([i])
+                after.append("".join(said))
+
+        monkeypatch.setattr(script, "generate", drawn)
+        main([*run, "--prompt", "ö:", "--length", str(len(ids))])
+        return [*after[:len(ids)], "".join(said)]
+
+    return write
+
+
+def test_a_character_cut_between_tokens_is_printed_whole(bytes_run):
+    """Text appears token by token, but a character of several bytes only when its last byte has come."""
+    text = "aé€🙂!言葉"
+    ids = list(text.encode("utf-8"))
+    *pieces, whole = bytes_run(ids)
+    for i, piece in enumerate(pieces, 1):
+        expected = "ö:" + bytes(ids[:i]).decode("utf-8", errors="ignore")
+        assert piece == expected, f"after {i} bytes of {text!r} the script has printed {piece!r}, not {expected!r}"
+    assert whole == f"ö:{text}\n", "the prompt, the text and the end of the line"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_printed_in_pieces_the_text_is_the_same(seed, bytes_run):
+    """Whatever a young model writes, the pieces printed are the decoded text: no byte is lost, and none comes twice."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(256, (40,), generator=generator).tolist()  # mostly no UTF-8
+    ids = [*ids[:20], *"né".encode()[:2 + seed % 2], *ids[20:], *"🙂".encode()[:seed % 5]]  # cut at the end, perhaps
+    whole = bytes_run(ids)[-1]
+    assert whole == "ö:" + bytes(ids).decode("utf-8", errors="replace") + "\n", "the printed text is not the tokens'"

@@ -1,6 +1,6 @@
 """Checkpoints of the tokenizers: byte pairs against a trainer that recounts everything and against Hugging Face's."""
 
-import json
+import io
 import random
 import unicodedata
 from collections import Counter
@@ -11,8 +11,19 @@ from shared.errors import BadInput
 import pytest
 import regex
 import tokenizers
+import torch
 
-from tokenizer import END, PATTERN, BPETokenizer, CharTokenizer, from_state, learn_tokens, merge, train_tokenizer
+from tokenizer import (
+    END,
+    PATTERN,
+    BPETokenizer,
+    CharTokenizer,
+    from_state,
+    learn_tokens,
+    learn_tokens_slowly,
+    merge,
+    train_tokenizer,
+)
 
 PROSE = """It was the baker's third attempt, and the bread still wouldn't rise. "We'll try again," she said; they'd
 tried twelve times in 2019 alone.  The others watched the oven, the clock, the street - anything but the bread.\r\n
@@ -95,37 +106,55 @@ def random_text(rng: random.Random, length: int) -> str:
     return "".join(chars)
 
 
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def byte_pairs(*tokens: bytes) -> BPETokenizer:
+    """The bytes, then these tokens, then the mark between documents."""
+    ranks = {token: i for i, token in enumerate([*BYTES, *tokens])}
+    return BPETokenizer(ranks, special={END: len(ranks)})
+
+
 @pytest.fixture(scope="module")
 def bpe():
     return train_tokenizer("bpe", PROSE + FOREIGN, 400)
 
 
 def test_characters_are_numbered_in_order():
-    """The character tokenizer holds each character of the text once, sorted, numbered from 0."""
-    tokenizer = train_tokenizer("char", "hello", 0)
+    """A tokenizer knows each character of the text once, sorted, numbered from 0."""
+    tokenizer = CharTokenizer("hello")
     assert tokenizer.chars == "ehlo" and len(tokenizer) == 4, "the distinct characters, sorted"
     assert tokenizer.encode("hole") == [1, 3, 2, 0], "a character's id is its place among the sorted characters"
-    assert tokenizer.encode("") == [] and tokenizer.decode([]) == "", "no text, no ids"
-    assert tokenizer.end is None, "a text without documents needs no special token"
+    assert tokenizer.encode("") == [], "no text, no ids"
+    assert CharTokenizer("ooh, hello").chars == " ,ehlo", "order does not depend on where a character occurs first"
+
+
+def test_decode_undoes_encode():
+    """Decoding what was encoded gives the text back, characters beyond ASCII included."""
     text = "Wörter,\n\tmots & 言葉 🙂 words"
-    tokenizer = train_tokenizer("char", text, 0)
+    tokenizer = CharTokenizer(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text, "encode and decode must be each other's inverse"
+    ids = torch.tensor(tokenizer.encode(text))
+    assert tokenizer.decode(ids) == text, "a tensor of ids serves as well as a list"
 
 
 def test_an_unknown_character_is_refused():
     """A character that the vocabulary lacks is refused by name, not replaced in silence."""
     with pytest.raises(BadInput, match="'x' is not among the 4 known"):
-        CharTokenizer("ehlo").encode("helxo")
+        CharTokenizer("hello").encode("helxo")
 
 
 def test_the_special_token_of_characters():
     """With documents, the character tokenizer has one more token, the last, which no text encodes to."""
     tokenizer = train_tokenizer("char", f"bcd{END}ab", 0)
     assert tokenizer.chars == "abcd", "the letters of the mark itself are no characters of the text"
-    assert len(tokenizer) == 5 and tokenizer.end == 4, "the special token is the last"
+    assert len(tokenizer) == 5 and tokenizer.special == {END: 4}, "the special token is the last"
     assert tokenizer.decode([0, 4, 1]) == f"a{END}b", "it decodes to its name"
-    spelled = CharTokenizer("".join(sorted(set(END))), special=True)
-    assert spelled.end not in spelled.encode(END), "text that spells the mark is ordinary text"
+    assert train_tokenizer("char", "hello", 0).special == {}, "a text without documents needs no special token"
+    two = CharTokenizer("ab", special=("<|user|>", END))
+    assert two.special == {"<|user|>": 2, END: 3} and len(two) == 4, "several are numbered in the order they are given"
+    spelled = CharTokenizer(END, special=(END,))
+    assert spelled.special[END] not in spelled.encode(END), "text that spells the mark is ordinary text"
 
 
 def test_merge_by_hand():
@@ -138,22 +167,30 @@ def test_merge_by_hand():
 
 
 def test_training_by_hand():
-    """On "aaabdaaabac", Wikipedia's worked example, the merges are aa, ab and aaab."""
+    """On "aaabdaaabac", Wikipedia's worked example, both trainers join aa, ab and aaab."""
     # aa occurs 4 times (overlaps count); then (aa, a) and (a, b) twice each: the lower ids are those of a and b
-    assert learn_tokens("aaabdaaabac", 259)[256:] == [b"aa", b"ab", b"aaab"]
-    assert learn_tokens("aaabdaaabac", 256) == [bytes([byte]) for byte in range(256)], "first of all, the 256 bytes"
-    # ba, bc and cb twice each: the lowest ids come first, wherever they stand in the text
-    assert learn_tokens("cb,cb;bc,bc!ba?ba", 259)[256:] == [b"ba", b"bc", b"cb"], "of pairs that tie, the lowest ids"
+    for learn in (learn_tokens_slowly, learn_tokens):
+        found = learn("aaabdaaabac", 259)[256:]
+        assert found == [b"aa", b"ab", b"aaab"], f"{learn.__name__} joins {found}: the most frequent pair comes first"
+        assert learn("aaabdaaabac", 256) == BYTES, "first of all, the 256 bytes"
+        # ba, bc and cb twice each: the lowest ids come first, wherever they stand in the text
+        found = learn("cb,cb;bc,bc!ba?ba", 259)[256:]
+        assert found == [b"ba", b"bc", b"cb"], f"{learn.__name__}: of pairs that tie, the lowest ids come first"
 
 
 @pytest.mark.parametrize("text", [PROSE, FOREIGN, TIES, RUNS], ids=["prose", "foreign", "ties", "runs"])
 def test_training_equals_counting_again_and_again(text):
     """The merges are those of a trainer that recounts the whole text for each of them, up to the last possible one."""
-    ours, slow = learn_tokens(text, 10_000), slow_tokens(text, 10_000)
-    for i, (a, b) in enumerate(zip(ours, slow, strict=False)):
-        assert a == b, f"merge {i - 256} is {a!r}, not {b!r}: a count that is out of date, or another rule for ties"
-    assert len(ours) == len(slow), "training ends when every piece is one token, and not before"
-    assert learn_tokens(text, 300) == ours[:300], "a smaller vocabulary is the beginning of a larger one"
+    slow = slow_tokens(text, 10_000)
+    for learn in (learn_tokens_slowly, learn_tokens):
+        ours = learn(text, 10_000)
+        for i, (a, b) in enumerate(zip(ours, slow, strict=False)):
+            assert a == b, (
+                f"{learn.__name__}: merge {i - 256} is {a!r}, not {b!r}: a count that is out of date, or another rule "
+                "for ties"
+            )
+        assert len(ours) == len(slow), f"{learn.__name__} ends when every piece is one token, and not before"
+        assert learn(text, 300) == ours[:300], f"{learn.__name__}: a smaller vocabulary is not a larger one's beginning"
 
 
 def test_training_equals_counting_on_many_small_texts():
@@ -165,16 +202,19 @@ def test_training_equals_counting_on_many_small_texts():
         text = rng.choice([",", " ", "\n"]).join(words)
         tokens = learn_tokens(text, 10_000)
         assert tokens == slow_tokens(text, 10_000), f"merges differ on {text!r}"
+        assert tokens == learn_tokens_slowly(text, 10_000), f"the trainer that recounts learns others on {text!r}"
         assert len(set(tokens)) == len(tokens), f"two tokens spell the same on {text!r}: decoding has two answers"
 
 
 def test_merges_stay_within_pieces():
     """No token joins a word to what comes after it, or reaches from one document into the next."""
-    tokens = learn_tokens("dog. dog! dog? " * 50, 10_000)[256:]
-    assert b"dog" in tokens and b" dog" in tokens, "words are worth a token, with the space before them too"
-    assert not [token for token in tokens if b"g." in token or b"g!" in token], "a word and a full stop are two pieces"
-    tokens = learn_tokens(END.join(["ab"] * 50), 10_000)[256:]
-    assert tokens == [b"ab"], "documents are pieces of their own, and the mark between them is no text"
+    for learn in (learn_tokens_slowly, learn_tokens):
+        tokens = learn("dog. dog! dog? " * 50, 10_000)[256:]
+        assert b"dog" in tokens and b" dog" in tokens, "words are worth a token, with the space before them too"
+        crossing = [token for token in tokens if b"g." in token or b"g!" in token]
+        assert not crossing, f"{crossing}: a word and a full stop are two pieces, which no merge joins"
+        tokens = learn(END.join(["ab"] * 50), 10_000)[256:]
+        assert tokens == [b"ab"], "documents are pieces of their own, and the mark between them is no text"
     assert regex.findall(PATTERN, "I'll say: 'tis 42x  two\n") == [
         "I", "'ll", " say", ":", " '", "tis", " 42", "x", " ", " two", "\n",
     ], "contractions, words, digits, the rest; the last of some spaces goes to the word"
@@ -190,7 +230,7 @@ def test_the_same_merges_as_hugging_face():
     assert len(tokens) > 400, "merge until nothing is left to merge: towards the end all is ties"
     assert tokens[256:] == theirs[256:], "the merges differ from Hugging Face's"
     other = "the-baker;tried,again:they,watched?the,bread!2019.zebra,abab/kiwi"
-    ours = BPETokenizer(tokens)
+    ours = byte_pairs(*tokens[256:])
     assert [tokens[i] for i in ours.encode(other)] == encode(other), "the same merges, applied to another text"
 
 
@@ -211,19 +251,18 @@ def test_three_encoders_agree(bpe, seed):
     texts = [random_text(rng, 300), PROSE[seed * 50:][:300], RUNS, FOREIGN[:100], "", " ", "\n \n", "aaaab"]
     letters = "".join(rng.choices("aabt he\n", k=300))
     for text in [*texts, letters]:
-        slow = slow_encode(text, bpe.tokens)
+        slow = slow_encode(text, list(bpe.ranks))
         assert bpe.encode_slowly(text) == slow, f"merge by rank, the lowest first, wherever it stands: {text!r}"
         assert bpe.encode(text) == slow, f"tiktoken has other merges or other pieces: {text!r}"
 
 
 def test_rank_decides_and_not_position():
     """Of two merges that compete for a letter the one learned first wins, even when it stands further right."""
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokenizer = BPETokenizer([*tokens, b"bc", b"ab", b"abc"])
+    tokenizer = byte_pairs(b"bc", b"ab", b"abc")
     for encode in (tokenizer.encode, tokenizer.encode_slowly):
         assert encode("abcd") == [258, ord("d")], "bc was learned before ab: first a bc, then abc"
         assert encode("abab") == [257, 257], "without a c, ab is the best there is"
-    tokenizer = BPETokenizer([*tokens, b"bc", b"ab"])
+    tokenizer = byte_pairs(b"bc", b"ab")
     for encode in (tokenizer.encode, tokenizer.encode_slowly):
         assert encode("abc") == [ord("a"), 256], "ab comes first in the text, bc in the training: a, bc"
 
@@ -255,7 +294,7 @@ def test_bytes_are_byte_pairs_before_any_merge():
     """The byte tokenizer's ids are the bytes of the text in UTF-8, with one special token beyond them."""
     tokenizer = train_tokenizer("byte", PROSE, 5000)
     assert tokenizer.encode("é€ a") == list("é€ a".encode()), "one id for each byte, the byte itself"
-    assert len(tokenizer) == 257 and tokenizer.end == 256, "256 bytes and the mark between documents"
+    assert len(tokenizer) == 257 and tokenizer.special == {END: 256}, "256 bytes and the mark between documents"
 
 
 def test_text_cannot_spell_the_special_token(bpe):
@@ -263,21 +302,61 @@ def test_text_cannot_spell_the_special_token(bpe):
     for encode in (bpe.encode, bpe.encode_slowly):
         for text in (END, f"a{END}b", f" {END}\n{END}"):
             ids = encode(text)
-            assert bpe.end not in ids, "the special token came out of ordinary text"
-            assert bpe.decode(ids) == text, "and the text is not lost"
-    assert bpe.end == len(bpe) - 1 and bpe.decode([bpe.end]) == END, "the special token is the last of the vocabulary"
+            assert bpe.special[END] not in ids, "the special token came out of ordinary text"
+            assert bpe.decode(ids) == text, "text that spells the special token is lost on the way"
+    assert bpe.special == {END: len(bpe) - 1}, "the special token is the last of the vocabulary"
+    assert bpe.decode([len(bpe) - 1]) == END, "the special token decodes to its name"
 
 
-@pytest.mark.parametrize("kind", ["char", "char with documents", "byte", "bpe"])
-def test_a_tokenizer_comes_back_from_json(kind):
-    """A tokenizer is saved as plain data: back from JSON it has the same ids for everything."""
+def other_pattern() -> BPETokenizer:
+    """Unlike what is trained here in all that it may: special tokens first, ids with a gap, lines for pieces."""
+    ranks = {token: 300 + 2 * i for i, token in enumerate([*BYTES, b"o ", b"lo", b"lo "])}
+    return BPETokenizer(ranks, special={"<|start|>": 0, "<|end|>": 1}, pattern=r"[^\n]+|\n")
+
+
+def test_pattern_and_special_tokens_are_the_tokenizers_own():
+    """A tokenizer takes any pattern, any special tokens and any ids: an open model brings its own."""
+    tokenizer = other_pattern()
+    assert tokenizer.pattern == r"[^\n]+|\n", "the pattern is an attribute of the tokenizer"
+    assert tokenizer.special == {"<|start|>": 0, "<|end|>": 1}, "so are the special tokens, by name"
+    end_of_line = 300 + 2 * ord("\n")
+    for encode in (tokenizer.encode, tokenizer.encode_slowly):
+        assert encode("lo w") == [816, 300 + 2 * ord("w")], "a merge crosses a space, where the pattern lets it"
+        assert encode("low") == [814, 300 + 2 * ord("w")], "no space follows: lo is the best there is"
+        assert encode("\n\n") == [end_of_line] * 2, "ids are those of `ranks`, whatever numbers they are"
+        assert tokenizer.decode([0, *encode("low\n"), 1]) == "<|start|>low\n<|end|>", "special tokens have texts"
+        assert 0 not in encode("<|start|>"), "no text encodes to a special token"
+    pieces = learn_tokens("a b\na b\n" * 9, 260, pattern=r"[^\n]+|\n")[256:]
+    assert b"a b" in pieces, "the trainer cuts the text with the pattern that it is given"
+    assert pieces == learn_tokens_slowly("a b\na b\n" * 9, 260, pattern=r"[^\n]+|\n")[256:], "both trainers do"
+
+
+@pytest.mark.parametrize("kind", ["char", "char with documents", "byte", "bpe", "another pattern"])
+def test_a_tokenizer_comes_back_from_its_state(kind):
+    """A tokenizer is saved as plain data: read back without trust it has the same ids for everything."""
     text = PROSE + FOREIGN + (f"{END}more" if kind == "char with documents" else "")
-    tokenizer = train_tokenizer(kind.split()[0], text, 300)
-    again = from_state(json.loads(json.dumps(tokenizer.state())))
-    assert type(again) is type(tokenizer) and len(again) == len(tokenizer) and again.end == tokenizer.end
-    sentence = "the naïve baker's cat"
+    tokenizer = other_pattern() if kind == "another pattern" else train_tokenizer(kind.split()[0], text, 300)
+    file = io.BytesIO()
+    torch.save(tokenizer.state(), file)
+    file.seek(0)
+    again = from_state(torch.load(file, weights_only=True))
+    assert type(again) is type(tokenizer) and len(again) == len(tokenizer), "another tokenizer came back"
+    assert again.special == tokenizer.special, "the special tokens are part of the state"
+    sentence = "the naïve baker's cat\nslept"
     assert again.encode(sentence) == tokenizer.encode(sentence), "ids changed their meaning on the way"
-    assert [again.decode([i]) for i in range(len(again))] == [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    ids = [*tokenizer.encode(sentence), *tokenizer.special.values()]
+    assert [again.decode([i]) for i in ids] == [tokenizer.decode([i]) for i in ids], "ids decode to something else"
+    assert again.state() == tokenizer.state(), "a part of the state was lost"
+    state = tokenizer.state()
+    from_state(state)
+    assert state == tokenizer.state(), "reading a state uses it up: it could not be saved again"
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"kind": "word"}, {"kind": "char"}, {"kind": "bpe", "ranks": {}}])
+def test_a_state_of_no_tokenizer_is_a_type_error(state):
+    """What describes no tokenizer raises TypeError, so that a checkpoint with it can be called damaged."""
+    with pytest.raises(TypeError):
+        from_state(state)
 
 
 @pytest.mark.parametrize("vocab_size", [257, 258, 300])
@@ -292,8 +371,7 @@ def test_vocabulary_sizes(vocab_size):
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [
-        ("bpe", 256, "vocab_size 256"), ("bpe", 0, "vocab_size 0"), ("bpe", -5, "257 to 65536"),
-        ("bpe", 65_537, "16 bits"), ("word", 1000, "choose char, byte or bpe"),
+        ("bpe", 256, "257"), ("bpe", 0, "257"), ("bpe", -5, "257"), ("bpe", 65_537, "16 bits"), ("word", 1000, "byte"),
     ],
 )
 def test_impossible_vocabularies_are_refused(kind, size, message):
