@@ -27,9 +27,10 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 
+from checkpoint import load
 from data import load_data, windows
 from model import attention_weights
-from sample import load
+from sample import evaluation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,13 +42,12 @@ def attention_maps(model, idx):
     maps = []
 
     def look(attn, args, output):
-        q, k = attn.split(attn.query(args[0])), attn.split(attn.key(args[0]))
+        q, k = (attn.split_heads(layer(args[0])) for layer in (attn.query, attn.key))
         maps.append(attention_weights(q, k))
 
     hooks = [block.attn.register_forward_hook(look) for block in model.blocks]
-    model.eval()
-    model(idx)
-    model.train()
+    with evaluation(model):
+        model(idx)
     for hook in hooks:
         hook.remove()
     return torch.stack(maps)
@@ -114,23 +114,25 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--windows is {args.windows}: it must be at least 1")
     setup("cpu")
     folder = run_folder(__file__, args.run)
-    model, vocab = load(folder / "model.pt")
+    model, tokenizer = load(folder / "model.pt")
     T = model.config.block_size
     corpus = json.loads((folder / "config.json").read_text("utf-8"))["corpus"]
     val = load_data(corpus).val
     text = args.text
     if text is None:
-        lines = vocab.decode(val).split("\n")
-        text = next((line for line in lines if min(24, T) <= len(line) <= min(36, T)), vocab.decode(val[:min(32, T)]))
+        unseen = tokenizer.decode(val)
+        fitting = (line for line in unseen.split("\n") if min(24, T) <= len(line) <= min(36, T))
+        text = next(fitting, unseen[:min(32, T)])
     if not 1 <= len(text) <= T:
         raise BadInput(f"--text has {len(text)} characters: the model looks at 1 to {T}")
 
     log = RunLog(__file__, "maps", {**vars(args), "corpus": corpus})
     idx = windows(val, T)[0][:args.windows]
-    breaks = ~torch.tensor([char.isalpha() for char in vocab.chars])
+    breaks = ~torch.tensor([char.isalpha() for char in tokenizer.chars])
     rows = habits(attention_maps(model, idx), breaks[idx])
     table(f"What the heads of {args.run} look at, over {len(idx)} windows of {corpus}", rows)
-    file = log.figure(draw(attention_maps(model, vocab.encode(text)[None])[:, 0], text), "maps")
+    maps = attention_maps(model, torch.tensor([tokenizer.encode(text)]))
+    file = log.figure(draw(maps[:, 0], text), "maps")
     log.finish(text=text, heads=rows)
     say(f"{text!r}: maps drawn in {file}")
 
