@@ -88,18 +88,18 @@ def habits(maps, breaks) -> list[dict]:
 
 
 def draw(maps, text: str):
-    """One picture for each head: maps [L, H, T, T] of a text of T characters."""
+    """One picture for each head, a column for each layer: maps [L, H, T, T] of a text of T characters."""
     L, H, T, _ = maps.shape
     labels = [{"\n": "¶", " ": "␣"}.get(char, char) for char in text]
-    fig, axes = plt.subplots(L, H, figsize=(3.1 * H, 3.2 * L), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(H, L, figsize=(3.1 * L, 3.2 * H), squeeze=False, layout="constrained")
     for layer in range(L):
         for head in range(H):
-            axis = axes[layer][head]
+            axis = axes[head][layer]
             # The root of the weights, so that small ones show as well.
             axis.imshow(maps[layer, head].sqrt().tolist(), cmap="Greys", vmin=0, vmax=1)
             axis.set_title(f"layer {layer}, head {head}", fontsize=12)
-            axis.set_xticks(range(T), labels if layer == L - 1 else T * [""], fontsize=8, family="DejaVu Sans Mono")
-            axis.set_yticks(range(T), labels if head == 0 else T * [""], fontsize=8, family="DejaVu Sans Mono")
+            axis.set_xticks(range(T), labels if head == H - 1 else T * [""], fontsize=8, family="DejaVu Sans Mono")
+            axis.set_yticks(range(T), labels if layer == 0 else T * [""], fontsize=8, family="DejaVu Sans Mono")
             axis.tick_params(length=0, pad=1)
     return fig
 
