@@ -25,9 +25,9 @@ from shared.runlog import RunLog
 import torch
 from matplotlib.figure import Figure
 
-from data import load_data, windows
+from data import batches, load_data, windows
 from model import ACTIVATIONS, MLP, ModelConfig
-from train import TrainConfig, evaluate, train
+from train import TrainConfig, evaluate, make_optimizer, train
 
 BLOCK_SIZES = (1, 8)  # one character leaves nothing to combine: there even a linear model has all it needs
 LOOKS = 10  # points of a curve
@@ -69,7 +69,7 @@ def main(argv=None):
     data = load_data(args.corpus)
     log = RunLog(__file__, "activations", {**vars(args), "corpus": data.name})
 
-    rows, curves, done = [], {}, 0
+    V, rows, curves, done = len(data.tokenizer), [], {}, 0
     with progress(len(BLOCK_SIZES) * len(ACTIVATIONS) * args.seeds * args.steps, "training") as bar:
         for block_size in BLOCK_SIZES:
             idx = windows(data.val, block_size)[0][:1000]
@@ -77,9 +77,10 @@ def main(argv=None):
                 losses, curve = [], []
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
-                    model = MLP(ModelConfig(len(data.vocab), block_size, n_hidden=args.n_hidden, activation=name))
+                    model = MLP(ModelConfig(V, block_size, n_hidden=args.n_hidden, activation=name))
                     config = TrainConfig(steps=args.steps, batch_size=256, seed=seed)
-                    for step, loss in train(model, data.train, config):
+                    stream = batches(data.train, block_size, config.batch_size, seed)
+                    for step, loss in train(model, stream, config, make_optimizer(model, config)):
                         done += 1
                         bar.update(done, loss=loss, text=f"{name}, {block_size} of context")
                         if seed == 0 and block_size == BLOCK_SIZES[-1] and step % (args.steps // LOOKS) == 0:

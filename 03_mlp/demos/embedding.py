@@ -25,10 +25,10 @@ from shared.runlog import RunLog, run_folder
 import torch
 from matplotlib.figure import Figure
 
-from data import load_data
+from checkpoint import load
+from data import batches, load_data
 from model import MLP, ModelConfig
-from sample import load
-from train import TrainConfig, evaluate, train
+from train import TrainConfig, evaluate, make_optimizer, train
 
 GROUPS = {"vowels": "aeiou", "consonants": "bcdfghjklmnpqrstvwxyz", "capitals": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 COLORS = {"vowels": "tab:red", "consonants": "tab:blue", "capitals": "tab:green", "others": "gray"}
@@ -84,14 +84,16 @@ def draw(points, shares, chars: str) -> Figure:
 
 
 def small_model(corpus: str | None, n_embd: int, steps: int, seed: int):
-    """Train a small model, (model, vocabulary)."""
+    """Train a small model, (model, tokenizer)."""
     data = load_data(corpus)
-    model = MLP(ModelConfig(len(data.vocab), block_size=4, n_embd=n_embd, n_hidden=128, activation="tanh"))
+    model = MLP(ModelConfig(len(data.tokenizer), block_size=4, n_embd=n_embd, n_hidden=128, activation="tanh"))
+    config = TrainConfig(steps=steps, batch_size=256, seed=seed)
+    stream = batches(data.train, model.config.block_size, config.batch_size, seed)
     with progress(steps, "training") as bar:
-        for step, loss in train(model, data.train, TrainConfig(steps=steps, batch_size=256, seed=seed)):
+        for step, loss in train(model, stream, config, make_optimizer(model, config)):
             bar.update(step, loss=loss)
     say(f"{data.name}: validation loss {evaluate(model, data.val):.3f} with {n_embd} numbers for each character")
-    return model, data.vocab
+    return model, data.tokenizer
 
 
 def main(argv=None):
@@ -107,22 +109,22 @@ def main(argv=None):
         raise BadInput(f"--n-embd {args.n_embd}: a map needs at least 2")
     setup("cpu", args.seed)
     if args.run:
-        model, vocab = load(run_folder(__file__, args.run) / "model.pt")
+        model, tokenizer = load(run_folder(__file__, args.run) / "model.pt")
     else:
-        model, vocab = small_model(args.corpus, args.n_embd, args.steps, args.seed)
-    asked = vocab.encode(args.chars)
+        model, tokenizer = small_model(args.corpus, args.n_embd, args.steps, args.seed)
+    asked = tokenizer.encode(args.chars)
     log = RunLog(__file__, "embedding", vars(args))
 
     points = model.tok_emb.weight.detach()
-    nearest = neighbours(points, min(5, len(vocab) - 1))
+    nearest = neighbours(points, min(5, len(tokenizer) - 1))
     table("nearest neighbours", [
-        {"character": NAMES.get(vocab.chars[i], vocab.chars[i]),
-         "neighbours": " ".join(NAMES.get(char, char) for char in vocab.decode(nearest[i]))} for i in asked.tolist()
+        {"character": NAMES.get(tokenizer.chars[i], tokenizer.chars[i]),
+         "neighbours": " ".join(NAMES.get(char, char) for char in tokenizer.decode(nearest[i]))} for i in asked
     ])
-    rows = same_group(vocab.chars, nearest)
+    rows = same_group(tokenizer.chars, nearest)
     table("nearest neighbour of the same group", [{"group": name, **row} for name, row in rows.items()])
     coordinates, shares = principal(points)
-    file = log.figure(draw(coordinates, shares.tolist(), vocab.chars), "embedding")
+    file = log.figure(draw(coordinates, shares.tolist(), tokenizer.chars), "embedding")
     log.finish(same_group=rows)
     say(f"figure: {file}")
 

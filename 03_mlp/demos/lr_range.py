@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from data import batches, load_data
 from model import MLP, ModelConfig
-from train import TrainConfig, evaluate, nll, train
+from train import TrainConfig, evaluate, make_optimizer, nll, train
 
 LOW, HIGH = 1e-5, 1.0  # rates of the first and the last step
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # what is tried out in full
@@ -38,7 +38,7 @@ def range_test(model, data, config: TrainConfig):
 
     Ends early once the average is three times the lowest that was seen: what follows is only worse.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LOW, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model, config)
     stream = batches(data, model.config.block_size, config.batch_size, config.seed)
     average, lowest = 0.0, math.inf
     for step in range(config.steps):
@@ -46,9 +46,9 @@ def range_test(model, data, config: TrainConfig):
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = nll(model, *next(stream))
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         average = MEMORY * average + (1 - MEMORY) * loss.item()
         smooth = average / (1 - MEMORY ** (step + 1))  # the average began at 0: take that out again
         lowest = min(lowest, smooth)
@@ -96,7 +96,7 @@ def main(argv=None):
         raise BadInput(f"--steps {args.steps}: a range test needs at least 10 to show a curve")
     setup("cpu", args.seed)
     data = load_data(args.corpus)
-    shape = ModelConfig(vocab_size=len(data.vocab))
+    shape = ModelConfig(vocab_size=len(data.tokenizer))
     log = RunLog(__file__, "lr_range", {**vars(args), "corpus": data.name})
 
     def recipe(lr: float) -> TrainConfig:
@@ -110,8 +110,9 @@ def main(argv=None):
             bar.update(len(curve), lr=rate, loss=loss)
         for i, rate in enumerate(RATES, 1):
             torch.manual_seed(args.seed)  # the same start for every rate
-            model = MLP(shape)
-            for step, loss in train(model, data.train, recipe(rate)):
+            model, config = MLP(shape), recipe(rate)
+            stream = batches(data.train, shape.block_size, config.batch_size, config.seed)
+            for step, loss in train(model, stream, config, make_optimizer(model, config)):
                 bar.update(i * args.steps + step, lr=rate, loss=loss)
             there = min(curve, key=lambda point: abs(math.log(point[0] / rate)))
             tried.append({

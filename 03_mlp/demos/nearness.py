@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from checkpoint import load
 from data import load_data, windows
-from sample import load
 
 LONGEST = 8  # characters of context that are looked for in the training text
 COUNTED = 6  # characters of context that are counted: the best n-gram of this text is the 7-gram
@@ -128,13 +128,13 @@ def main(argv=None):
     parser.add_argument("--run", default="default", help="the trained run, a folder under out/ (default: default)")
     args = parser.parse_args(argv)
     setup("cpu")
-    model, vocab = load(run_folder(__file__, args.run) / "model.pt")
+    model, tokenizer = load(run_folder(__file__, args.run) / "model.pt")
     data = load_data(args.corpus)
-    if data.vocab.chars != vocab.chars:
+    if data.tokenizer.chars != tokenizer.chars:
         raise BadInput(f"the run {args.run} was trained on another text than {data.name}: name it with --corpus")
     log = RunLog(__file__, "nearness", {**vars(args), "corpus": data.name})
 
-    V, span = len(vocab), max(LONGEST, model.config.block_size)
+    V, span = len(tokenizer), max(LONGEST, model.config.block_size)
     (x, y), (val_x, val_y) = (windows(part, span) for part in (data.train, data.val))
     p_counts = kneser_ney(x[:, span - COUNTED:], y, val_x[:, span - COUNTED:], val_y, V)
     known, distinct = familiarity(x[:, span - LONGEST:], val_x[:, span - LONGEST:], V)

@@ -25,9 +25,9 @@ from shared.runlog import RunLog
 import torch
 from matplotlib.figure import Figure
 
-from data import Dataset, load_data
+from data import Dataset, batches, load_data
 from model import MLP, ModelConfig
-from train import TrainConfig, evaluate, train
+from train import TrainConfig, evaluate, make_optimizer, train
 
 BASE = {"block_size": 8, "n_embd": 24, "n_hidden": 256, "batch_size": 256, "lr": 3e-3, "weight_decay": 0.01}
 CHANGES = {
@@ -48,9 +48,11 @@ def run(setting: dict, data: Dataset, steps: int, seed: int) -> dict:
     shape = {key: setting[key] for key in ("block_size", "n_embd", "n_hidden")}
     recipe = {key: setting[key] for key in ("batch_size", "lr", "weight_decay")}
     torch.manual_seed(seed)
-    model = MLP(ModelConfig(vocab_size=len(data.vocab), **shape))
+    model = MLP(ModelConfig(vocab_size=len(data.tokenizer), **shape))
+    config = TrainConfig(steps=steps, seed=seed, **recipe)
+    stream = batches(data.train, model.config.block_size, config.batch_size, seed)
     start = time.perf_counter()
-    for _ in train(model, data.train, TrainConfig(steps=steps, seed=seed, **recipe)):
+    for _ in train(model, stream, config, make_optimizer(model, config)):
         pass
     seconds = time.perf_counter() - start
     params = sum(p.numel() for p in model.parameters())

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 
 from data import batches, load_data
 from model import MLP, BatchNorm, ModelConfig
-from train import nll
+from train import TrainConfig, nll, train
 
 VARIANTS = ("plain", "BatchNorm", "BatchNorm + noise")
 RATES = (0.01, 0.03, 0.1, 0.3)
@@ -107,26 +107,23 @@ def turn(before, after, x, y) -> float:
 def run(variant: str, rate: float, seed: int, data, args, bar) -> dict:
     """Train one network and measure while it trains. A loss that is not finite ends it."""
     torch.manual_seed(seed)
-    model = build(variant, {"vocab_size": len(data.vocab), "n_hidden": args.n_hidden, "n_layer": args.n_layer})
+    model = build(variant, {"vocab_size": len(data.tokenizer), "n_hidden": args.n_hidden, "n_layer": args.n_layer})
     stream = batches(data.train, model.config.block_size, args.batch_size, seed)
     probe = next(batches(data.train, model.config.block_size, 256, seed=1000 + seed))
+    config = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=rate, seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    losses, shifts, turns = [], [], []
-    for step in range(args.steps):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / args.steps)
-        loss = nll(model, *next(stream))
-        bar.update(bar.step + 1, loss=loss.detach(), text=f"{variant}, rate {rate:g}, seed {seed}")
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        before = copy.deepcopy(model) if step % MEASURE == MEASURE // 2 else None
-        optimizer.step()
-        if before:  # copies, so that looking moves no running statistics
-            after = copy.deepcopy(model)
-            shifts.append(shift(before, after, probe[0]))
-            turns.append(turn(before, after, *probe))
+    losses, shifts, turns, before = [], [], [], None
+    try:
+        for step, loss in train(model, stream, config, optimizer):
+            bar.update(bar.step + 1, loss=loss, text=f"{variant}, rate {rate:g}, seed {seed}")
+            losses.append(loss)
+            if before:  # copies, so that looking moves no running statistics
+                after = copy.deepcopy(model)
+                shifts.append(shift(before, after, probe[0]))
+                turns.append(turn(before, after, *probe))
+            before = copy.deepcopy(model) if step % MEASURE == MEASURE // 2 else None
+    except BadInput:  # the loss is infinite or nan
+        losses.append(math.inf)
     return {"losses": losses, "shifts": shifts, "turns": turns}
 
 
@@ -181,7 +178,7 @@ def main(argv=None):
         for rate in RATES:
             for variant in VARIANTS:
                 runs = [run(variant, rate, seed, data, args, bar) for seed in range(args.seeds)]
-                rows.append(row_of(variant, rate, runs, math.log(len(data.vocab))))
+                rows.append(row_of(variant, rate, runs, math.log(len(data.tokenizer))))
                 log.metrics(step=bar.step, **rows[-1])
     table(f"{data.name}: {args.steps} steps, {args.seeds} seeds", rows)
     kept = sorted((row for row in rows if row["loss"] is not None), key=lambda row: row["loss"])

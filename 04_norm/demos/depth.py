@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 
 from data import batches, load_data
 from model import MLP, ModelConfig
-from train import TrainConfig, nll, train
+from train import TrainConfig, make_optimizer, nll, train
 
 # name: (config, blocks start as torch starts them, derived factor per block)
 STACKS = {
@@ -65,6 +65,20 @@ def first_gradient(model, x, y) -> float:
     """Size of the gradient of the first layer's weights."""
     (grad,) = torch.autograd.grad(nll(model, x, y), model.hidden.weight)
     return grad.norm().item()
+
+
+def short_training(model, data, steps: int, bar, text: str) -> float:
+    """The mean loss of the last 20 steps of a training; infinite when it diverges."""
+    config, seen = TrainConfig(steps=steps, batch_size=128, lr=1e-3), []
+    stream = batches(data, model.config.block_size, config.batch_size, config.seed)
+    try:
+        for _, loss in train(model, stream, config, make_optimizer(model, config)):
+            seen.append(loss)
+            bar.update(bar.step + 1, loss=loss, text=text)
+    except BadInput:  # the loss is infinite or nan
+        return math.inf
+    last = seen[-20:]
+    return sum(last) / len(last)
 
 
 def draw(depths, gradients, losses) -> Figure:
@@ -101,7 +115,7 @@ def main(argv=None):
         raise BadInput("--depths needs two or more rising numbers from 1, --seeds at least 1, --steps at least 0")
     setup("cpu")
     data = load_data(args.corpus)
-    V = len(data.vocab)
+    V = len(data.tokenizer)
     log = RunLog(__file__, "depth", {**vars(args), "corpus": data.name})
 
     gradients = {name: [0.0] * len(depths) for name in STACKS}
@@ -119,12 +133,7 @@ def main(argv=None):
             for depth in TRAINED if args.steps else ():
                 torch.manual_seed(0)
                 model = build(name, V, args.n_hidden, depth)
-                seen = []
-                for _, loss in train(model, data.train, TrainConfig(steps=args.steps, batch_size=128, lr=1e-3)):
-                    seen.append(loss)
-                    bar.update(bar.step + 1, loss=loss, text=f"{name}, {depth} blocks")
-                last = seen[-20:]
-                losses[name].append(sum(last) / len(last))
+                losses[name].append(short_training(model, data.train, args.steps, bar, f"{name}, {depth} blocks"))
 
     rows = []
     for name, (_, _, derived) in STACKS.items():

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from data import load_data, windows
 from model import MLP, ModelConfig
-from train import nll
+from train import TrainConfig, make_optimizer, train
 
 RUNS = (("batch", True), ("batch", False), ("layer", True))  # (norm, are the batches in text order)
 COMPANIONS = (100, 5000)  # where the neighbours of the one window are taken
@@ -44,19 +44,12 @@ def draw_rows(n: int, batch_size: int, in_order: bool, generator) -> torch.Tenso
     return torch.randint(n, (batch_size,), generator=generator)
 
 
-def fit(model, x, y, args, in_order: bool, bar) -> None:
-    """AdamW with a rate that falls to 0, like `train`, which always shuffles."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    generator = torch.Generator().manual_seed(args.seed)
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / args.steps)
-        rows = draw_rows(len(x), args.batch_size, in_order, generator)
-        loss = nll(model, x[rows], y[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.update(bar.step + 1, loss=loss.detach())
+def stream(x, y, batch_size: int, in_order: bool, seed: int):
+    """Batches without end, like `batches`, which always shuffles."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        rows = draw_rows(len(x), batch_size, in_order, generator)
+        yield x[rows], y[rows]
 
 
 @torch.no_grad()
@@ -122,7 +115,7 @@ def main(argv=None):
     setup("cpu", args.seed)
     data = load_data(args.corpus)
     log = RunLog(__file__, "leak", {**vars(args), "corpus": data.name})
-    T, V = 8, len(data.vocab)
+    T, V = 8, len(data.tokenizer)
     x, y = windows(data.train, T)
     val_x, val_y = windows(data.val, T)
     if len(val_x) < max(COMPANIONS) + 3:
@@ -132,11 +125,14 @@ def main(argv=None):
     table("One window's probability of its true next character, untrained", untrained)
 
     rows, places = [], []
+    config = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr, weight_decay=0.01, seed=args.seed)
     with progress(len(RUNS) * args.steps, "training") as bar:
         for norm, in_order in RUNS:
             torch.manual_seed(args.seed)
             model = MLP(ModelConfig(V, T, n_hidden=args.n_hidden, n_layer=2, norm=norm))
-            fit(model, x, y, args, in_order, bar)
+            drawn = stream(x, y, args.batch_size, in_order, args.seed)
+            for _, loss in train(model, drawn, config, make_optimizer(model, config)):
+                bar.update(bar.step + 1, loss=loss)
             by_place = {c: loss_by_place(model, val_x, val_y, args.batch_size, c, args.looks) for c in COMPANY}
             name = f"{norm} norm, {'in order' if in_order else 'shuffled'}"
             rows.append({"trained": name} | {c: loss.mean().item() for c, loss in by_place.items()})

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from data import batches, load_data
 from model import MLP, ModelConfig
-from train import TrainConfig, evaluate, nll, train
+from train import TrainConfig, evaluate, make_optimizer, nll, train
 
 # name: (config, blocks start as torch starts them)
 NETWORKS = {
@@ -86,7 +86,8 @@ def watch(model, data, probe, config: TrainConfig, bar) -> dict[str, list[list[f
     """Train and measure: for each signal its values by layer at the first step and at the middle one."""
     seen = {name: [] for name in SIGNALS}
     before = copy.deepcopy(model)
-    for step, loss in train(model, data, config):
+    stream = batches(data, model.config.block_size, config.batch_size, config.seed)
+    for step, loss in train(model, stream, config, make_optimizer(model, config)):
         if step in (1, config.steps // 2):
             signals = (*flow(before, *probe), moved(before, model))
             for name, values in zip(SIGNALS, signals, strict=True):
@@ -145,7 +146,7 @@ def main(argv=None):
     with progress(len(NETWORKS) * args.steps, "training") as bar:
         for name in NETWORKS:
             torch.manual_seed(args.seed)
-            model = build(name, len(data.vocab), args.n_hidden, args.n_layer)
+            model = build(name, len(data.tokenizer), args.n_hidden, args.n_layer)
             probe = next(batches(data.train, model.config.block_size, 512, args.seed + 1))
             seen[name] = watch(model, data.train, probe, config, bar)
             losses[name] = evaluate(model, data.val)

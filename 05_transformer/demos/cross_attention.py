@@ -58,9 +58,10 @@ class CrossAttention(CausalSelfAttention):
     """
 
     def forward(self, x, memory):
-        q, k, v = self.split(self.query(x)), self.split(self.key(memory)), self.split(self.value(memory))
+        q = self.split_heads(self.query(x))  # [B, H, T, D]
+        k, v = (self.split_heads(layer(memory)) for layer in (self.key, self.value))  # [B, H, S, D]
         self.weights = F.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)  # [B, H, T, S], no mask
-        return self.proj(self.merge(self.weights @ v))
+        return self.proj(self.merge_heads(self.weights @ v))
 
 
 class EncoderBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Draws a transformer block, pre-norm and post-norm side by side, as `model.py` computes it.
+"""Draws a transformer block: pre-norm, as `model.py` computes it, beside post-norm, as `norm_position.py` does.
 
     uv run stages run 05 demos/draw_block.py
 """

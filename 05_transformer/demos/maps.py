@@ -27,9 +27,10 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 
+from checkpoint import load
 from data import load_data, windows
 from model import attention_weights
-from sample import load
+from sample import evaluation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,13 +42,12 @@ def attention_maps(model, idx):
     maps = []
 
     def look(attn, args, output):
-        q, k = attn.split(attn.query(args[0])), attn.split(attn.key(args[0]))
+        q, k = (attn.split_heads(layer(args[0])) for layer in (attn.query, attn.key))
         maps.append(attention_weights(q, k))
 
     hooks = [block.attn.register_forward_hook(look) for block in model.blocks]
-    model.eval()
-    model(idx)
-    model.train()
+    with evaluation(model):
+        model(idx)
     for hook in hooks:
         hook.remove()
     return torch.stack(maps)
@@ -88,18 +88,18 @@ def habits(maps, breaks) -> list[dict]:
 
 
 def draw(maps, text: str):
-    """One picture for each head: maps [L, H, T, T] of a text of T characters."""
+    """One picture for each head, a column for each layer: maps [L, H, T, T] of a text of T characters."""
     L, H, T, _ = maps.shape
     labels = [{"\n": "¶", " ": "␣"}.get(char, char) for char in text]
-    fig, axes = plt.subplots(L, H, figsize=(3.1 * H, 3.2 * L), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(H, L, figsize=(3.1 * L, 3.2 * H), squeeze=False, layout="constrained")
     for layer in range(L):
         for head in range(H):
-            axis = axes[layer][head]
+            axis = axes[head][layer]
             # The root of the weights, so that small ones show as well.
             axis.imshow(maps[layer, head].sqrt().tolist(), cmap="Greys", vmin=0, vmax=1)
             axis.set_title(f"layer {layer}, head {head}", fontsize=12)
-            axis.set_xticks(range(T), labels if layer == L - 1 else T * [""], fontsize=8, family="DejaVu Sans Mono")
-            axis.set_yticks(range(T), labels if head == 0 else T * [""], fontsize=8, family="DejaVu Sans Mono")
+            axis.set_xticks(range(T), labels if head == H - 1 else T * [""], fontsize=8, family="DejaVu Sans Mono")
+            axis.set_yticks(range(T), labels if layer == 0 else T * [""], fontsize=8, family="DejaVu Sans Mono")
             axis.tick_params(length=0, pad=1)
     return fig
 
@@ -114,23 +114,25 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--windows is {args.windows}: it must be at least 1")
     setup("cpu")
     folder = run_folder(__file__, args.run)
-    model, vocab = load(folder / "model.pt")
+    model, tokenizer = load(folder / "model.pt")
     T = model.config.block_size
     corpus = json.loads((folder / "config.json").read_text("utf-8"))["corpus"]
     val = load_data(corpus).val
     text = args.text
     if text is None:
-        lines = vocab.decode(val).split("\n")
-        text = next((line for line in lines if min(24, T) <= len(line) <= min(36, T)), vocab.decode(val[:min(32, T)]))
+        unseen = tokenizer.decode(val)
+        fitting = (line for line in unseen.split("\n") if min(24, T) <= len(line) <= min(36, T))
+        text = next(fitting, unseen[:min(32, T)])
     if not 1 <= len(text) <= T:
         raise BadInput(f"--text has {len(text)} characters: the model looks at 1 to {T}")
 
     log = RunLog(__file__, "maps", {**vars(args), "corpus": corpus})
     idx = windows(val, T)[0][:args.windows]
-    breaks = ~torch.tensor([char.isalpha() for char in vocab.chars])
+    breaks = ~torch.tensor([char.isalpha() for char in tokenizer.chars])
     rows = habits(attention_maps(model, idx), breaks[idx])
     table(f"What the heads of {args.run} look at, over {len(idx)} windows of {corpus}", rows)
-    file = log.figure(draw(attention_maps(model, vocab.encode(text)[None])[:, 0], text), "maps")
+    maps = attention_maps(model, torch.tensor([tokenizer.encode(text)]))
+    file = log.figure(draw(maps[:, 0], text), "maps")
     log.finish(text=text, heads=rows)
     say(f"{text!r}: maps drawn in {file}")
 

@@ -29,8 +29,8 @@ import matplotlib
 import torch
 
 from data import batches, load_data
-from model import GPT, ModelConfig
-from train import nll
+from model import GPT, Block, ModelConfig
+from train import TrainConfig, make_optimizer, nll, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,9 +42,26 @@ T, BATCH = 32, 16  # positions, windows in a batch
 LAST = 20  # steps whose mean loss is the result
 
 
+class PostNormBlock(Block):
+    """Attend, then think; a norm after each addition puts the sum back on scale: [B, T, C] -> [B, T, C].
+
+    As first published: Vaswani et al., "Attention Is All You Need" (2017), section 3.1.
+    """
+
+    def forward(self, x):
+        x = self.norm1(x + self.attn(x))
+        x = self.norm2(x + self.ffn(x))
+        return x
+
+
 def build(norm: str, n_layer: int, vocab_size: int, seed: int) -> GPT:
+    """A small GPT of pre-norm or post-norm blocks; with the same seed both start from the same weights."""
     torch.manual_seed(seed)
-    return GPT(ModelConfig(vocab_size, T, n_embd=32, n_head=2, n_layer=n_layer, norm=norm))
+    model = GPT(ModelConfig(vocab_size, T, n_embd=32, n_head=2, n_layer=n_layer))
+    if norm == "post":
+        for block in model.blocks:
+            block.__class__ = PostNormBlock  # the same weights, another forward
+    return model
 
 
 def unigram(data) -> float:
@@ -60,7 +77,7 @@ def first_step(norm: str, n_layer: int, x, y, vocab_size: int, seed: int, lr: fl
     """
     model, seen = build(norm, n_layer, vocab_size, seed), []
     model.norm.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = make_optimizer(model, TrainConfig(lr=lr, weight_decay=0.0))
     nll(model, x, y).backward()
     gradient = model.blocks[-1].ffn.proj.weight.grad.norm().item()
     optimizer.step()
@@ -69,17 +86,12 @@ def first_step(norm: str, n_layer: int, x, y, vocab_size: int, seed: int, lr: fl
 
 
 def fit(model, data, steps: int, lr: float, warmup: int, seed: int):
-    """AdamW; the rate rises over `warmup` steps and falls to 0 in a straight line. Yields the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    stream = batches(data, T, BATCH, seed)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / max(warmup, 1)) * (1 - step / steps)
-        loss = nll(model, *next(stream))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.item()
+    """The rate rises over `warmup` steps, then falls to 0 in a straight line. Yields the loss of each step."""
+    config = TrainConfig(
+        steps=steps, batch_size=BATCH, lr=lr, warmup=warmup, weight_decay=0.01, beta2=0.999, seed=seed,  # torch's AdamW
+    )
+    for _, loss in train(model, batches(data, T, BATCH, seed), config, make_optimizer(model, config)):
+        yield loss
 
 
 def smooth(values: list[float], width: int = 15) -> list[float]:
@@ -127,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     starts, moves = [], {norm: [] for norm in NORMS}
     for n_layer in DEPTHS:
         for norm in NORMS:
-            runs = [first_step(norm, n_layer, x, y, len(data.vocab), seed) for seed in range(args.seeds)]
+            runs = [first_step(norm, n_layer, x, y, len(data.tokenizer), seed) for seed in range(args.seeds)]
             gradient, move = (mean(values) for values in zip(*runs, strict=True))
             starts.append({"blocks": n_layer, "norm": norm, "last block's gradient": gradient, "move": move})
             moves[norm].append(move)
@@ -140,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         for norm, warmup, lr in cells:
             curves[norm, warmup, lr] = []
             for seed in range(args.seeds):
-                model, curve = build(norm, args.n_layer, len(data.vocab), seed), []
+                model, curve = build(norm, args.n_layer, len(data.tokenizer), seed), []
                 for loss in fit(model, data.train, args.steps, lr, warmup, seed):
                     curve.append(loss)
                     done += 1

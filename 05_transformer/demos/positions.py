@@ -27,9 +27,9 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 
-from data import load_data, windows
+from data import batches, load_data, windows
 from model import GPT, ModelConfig
-from train import TrainConfig, train
+from train import TrainConfig, make_optimizer, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -94,9 +94,10 @@ def main(argv: list[str] | None = None) -> None:
                 runs = []
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
-                    model = build(kind, len(data.vocab), args.block_size, n_layer)
-                    config = TrainConfig(steps=args.steps, batch_size=16, lr=5e-3, seed=seed)
-                    for _, loss in train(model, data.train, config):
+                    model = build(kind, len(data.tokenizer), args.block_size, n_layer)
+                    config = TrainConfig(steps=args.steps, batch_size=16, warmup=args.steps // 10, seed=seed)
+                    stream = batches(data.train, args.block_size, config.batch_size, seed)
+                    for _, loss in train(model, stream, config, make_optimizer(model, config)):
                         done += 1
                         bar.update(done, loss=loss, text=f"layers: {n_layer}, positions: {kind}")
                     plain = losses(model, x, y)

@@ -26,7 +26,7 @@ from shared.runlog import RunLog
 import matplotlib
 import torch
 
-from data import load_data
+from data import batches, load_data
 from model import GPT, ModelConfig
 from train import TrainConfig, evaluate, make_optimizer, train
 
@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     with progress(len(kinds) * args.steps, "training") as bar:
         for i, (kind, size) in enumerate(kinds):
-            data = load_data(args.corpus, log.folder, kind, size)
+            data = load_data(args.corpus, kind, size)
             torch.manual_seed(args.seed)
             model, begin = GPT(options.build(ModelConfig, args, vocab_size=len(data.tokenizer))), time.process_time()
-            optimizer = make_optimizer(model, config)
-            for step, loss in train(model, data.train, config, optimizer, model.config.block_size):
+            stream = batches(data.train, model.config.block_size, config.batch_size, config.seed)
+            for step, loss in train(model, stream, config, make_optimizer(model, config)):
                 bar.update(i * args.steps + step, loss=loss, text=args.tokenizers[i])
             seconds = time.process_time() - begin
             per_token = evaluate(model, data.val, precision=config.precision)

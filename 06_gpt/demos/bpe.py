@@ -4,13 +4,13 @@
     uv run stages run 06 demos/bpe.py --vocab-size 2048 --corpus python-docs
 
 Times are of the processor: Python and the encoder use one core, and what else the machine does then does not count.
-The naive trainer recounts all pairs of the text for every merge. It is stopped after a few merges; the time that it
-would need for all of them is extrapolated from its time per token read and the text's length at each vocabulary size.
+The naive trainer, `learn_tokens_slowly`, recounts all pairs of the text for every merge. It is asked for a few merges
+only; the time that it would need for all of them is extrapolated from its time per token read and the text's length at
+each vocabulary size.
 """
 
 import sys
 import time
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,10 +23,9 @@ from shared.program import run_program
 from shared.runlog import RunLog
 
 import matplotlib
-import regex
 
 from data import split
-from tokenizer import END, PATTERN, BPETokenizer, learn_tokens, merge
+from tokenizer import END, BPETokenizer, learn_tokens, learn_tokens_slowly
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,22 +33,9 @@ import matplotlib.pyplot as plt
 SENTENCE = "If we must be conquered, let the unwilling kings remember our forgetfulness."
 
 
-def naive(text: str, n_tokens: int):
-    """`learn_tokens` as it is first written: for every merge, count all pairs, then rewrite the whole text.
-
-    -> the tokens, and how many tokens of text it read on the way.
-    """
-    pieces = [list(piece.encode("utf-8")) for part in text.split(END) for piece in regex.findall(PATTERN, part)]
-    tokens, read = [bytes([byte]) for byte in range(256)], 0
-    while len(tokens) < n_tokens:
-        read += sum(map(len, pieces))
-        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
-        if not counts:
-            break
-        pair = min(counts, key=lambda pair: (-counts[pair], pair))
-        pieces = [merge(piece, pair, len(tokens)) for piece in pieces]
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-    return tokens, read
+def of_size(tokens: list[bytes], size: int) -> BPETokenizer:
+    """The tokenizer of the first `size` - 1 tokens and the special one: a small vocabulary begins a larger one."""
+    return BPETokenizer({token: i for i, token in enumerate(tokens[:size - 1])}, {END: size - 1})
 
 
 def timed(function, *args):
@@ -99,18 +85,19 @@ def main(argv: list[str] | None = None) -> None:
     log = RunLog(__file__, "bpe", {**vars(args), "corpus": source.name})
 
     tokens, seconds = timed(learn_tokens, train, args.vocab_size - 1)  # one place is the special token's
-    (first, read), slow = timed(naive, train, 256 + args.naive_merges)
+    first, slow = timed(learn_tokens_slowly, train, min(256 + args.naive_merges, len(tokens)))
     if first != tokens[:len(first)]:
         raise AssertionError("both trainers must learn the same tokens")
 
     rows, lengths = [], {}
     for size in sizes_up_to(len(tokens) + 1):
-        tokenizer = BPETokenizer(tokens[:size - 1])  # a smaller vocabulary is the beginning of a larger one
+        tokenizer = of_size(tokens, size)
         lengths[size] = len(tokenizer.encode(train))
         rows.append({"tokens": size, "train": len(train.encode("utf-8")) / lengths[size],
                      "val": len(val.encode("utf-8")) / len(tokenizer.encode(val))})
     sizes = list(lengths)
-    estimate = slow / read * all_reads(lengths)
+    measured = {size: len(of_size(tokens, size).encode(train)) for size in (257, len(first) + 1)}
+    estimate = slow / all_reads(measured) * all_reads(lengths)
 
     table(f"{source.name}: learning {len(tokens) + 1:,} tokens", [
         {"trainer": "incremental", "merges": len(tokens) - 256, "core seconds": seconds, "how": "measured"},
@@ -119,12 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     ])
     table("Bytes per token", rows)
     for size in [size for size in sizes if size in (257, 512, 1024, sizes[-1])]:
-        tokenizer = BPETokenizer(tokens[:size - 1])
+        tokenizer = of_size(tokens, size)
         ids = tokenizer.encode(args.sentence)
         parts = [tokenizer.decode([i]) for i in ids]
         say(f"{size:>6,} tokens, {len(ids):>3} for the sentence: {'|'.join(parts)}")
 
-    tokenizer = BPETokenizer(tokens)
+    tokenizer = of_size(tokens, len(tokens) + 1)
     (fast_ids, fast), (slow_ids, plain) = timed(tokenizer.encode, val), timed(tokenizer.encode_slowly, val)
     if fast_ids != slow_ids:
         raise AssertionError("both encoders must give the same tokens")

@@ -28,16 +28,23 @@ import torch
 import torch.nn.functional as F
 
 import model as stage
-from data import load_data
+from data import batches, load_data
 from model import GPT, ModelConfig
 from train import TrainConfig, evaluate, gradient, make_optimizer, train
 
 WRITTEN = stage.attention
+
+
+def fused(q, k, v, dropout: float = 0.0):
+    """torch's own kernel, which the stage uses on a GPU only."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
 VARIANTS = {  # name: precision, attention
     "bfloat16, written out": ("bfloat16", WRITTEN),
-    "bfloat16, fused": ("bfloat16", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+    "bfloat16, fused": ("bfloat16", fused),
     "float32, written out": ("float32", WRITTEN),
-    "float32, fused": ("float32", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+    "float32, fused": ("float32", fused),
 }
 USUAL = "bfloat16, written out"
 
@@ -53,7 +60,7 @@ def step_times(args, vocab_size: int, names, rounds: int) -> dict[str, list[floa
     for _ in range(rounds + 1):
         for name in names:
             precision, stage.attention = VARIANTS[name]
-            config = TrainConfig(batch_size=args.batch_size, precision=precision)
+            config = TrainConfig(batch_size=args.batch_size, micro_batch=args.batch_size, precision=precision)
             optimizer = make_optimizer(model, config)
             clock, cores = time.perf_counter(), time.process_time()
             gradient(model, x[:, :-1], x[:, 1:], config)
@@ -88,7 +95,8 @@ def losses(args, data) -> dict[str, float]:
         model = GPT(options.build(ModelConfig, args, vocab_size=len(data.tokenizer)))
         config = TrainConfig(steps=args.steps, warmup=args.steps // 10, batch_size=args.batch_size,
                              precision=precision, seed=args.seed)
-        for _ in train(model, data.train, config, make_optimizer(model, config), args.block_size):
+        stream = batches(data.train, args.block_size, config.batch_size, config.seed)
+        for _ in train(model, stream, config, make_optimizer(model, config)):
             pass
         found[precision] = evaluate(model, data.val)
     return found
@@ -113,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     setup("cpu", args.seed)
     log = RunLog(__file__, "precision", vars(args))
-    data = load_data(args.corpus, log.folder)
+    data = load_data(args.corpus)
 
     times = step_times(args, 65, list(VARIANTS), args.rounds)
     rows = [row(name, found, times[USUAL]) for name, found in times.items()]

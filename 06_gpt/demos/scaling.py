@@ -31,7 +31,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from data import load_data
+from data import batches, load_data
 from model import GPT, ModelConfig
 from train import TrainConfig, evaluate, make_optimizer, train
 
@@ -48,8 +48,9 @@ def run(width: int, steps: int, args, data, update) -> dict:
     n_head = max(1, width // HEAD)
     model = GPT(ModelConfig(len(data.tokenizer), n_embd=width, n_head=n_head))
     config = TrainConfig(steps=steps, batch_size=args.batch_size, warmup=steps // 10, lr=args.lr, seed=args.seed)
+    stream = batches(data.train, model.config.block_size, config.batch_size, config.seed)
     begin = time.process_time()
-    for step, loss in train(model, data.train, config, make_optimizer(model, config), model.config.block_size):
+    for step, loss in train(model, stream, config, make_optimizer(model, config)):
         update(step, loss)
     seconds = time.process_time() - begin
     return {
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--widths {widths} --steps {lengths}: three different ones of each, or the law has no shape")
     setup("cpu")
     log = RunLog(__file__, "scaling", vars(args))
-    data = load_data(args.corpus, log.folder)
+    data = load_data(args.corpus)
 
     rows, total, done = [], len(widths) * sum(lengths), 0
     with progress(total, "training") as bar:

@@ -9,9 +9,9 @@ from shared.errors import BadInput
 import pytest
 import torch
 
+from checkpoint import load
 from data import windows
 from demos import nearness
-from sample import load
 
 
 def slowly(text: list[int], contexts, targets, V: int, longest: int) -> list[float]:
@@ -72,8 +72,8 @@ def test_the_demo_compares_both(text, trained, out, capsys):
     for name in ("counts", "network", "mean of both"):
         weighed = sum(row["share"] * row[name] for row in summary["rows"])
         assert weighed == pytest.approx(summary[name], abs=1e-6), f"{name}: the rows do not add up to the total"
-    model, vocab = load(trained / "model.pt")
-    val = vocab.encode(text.read_text("utf-8")[10_800:])
+    model, tokenizer = load(trained / "model.pt")
+    val = torch.tensor(tokenizer.encode(text.read_text("utf-8")[10_800:]))
     slow = []
     for i in range(8, len(val)):
         scores = model(val[None, i - 4:i])[0].double()

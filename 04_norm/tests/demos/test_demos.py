@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 from shared.errors import BadInput
 
@@ -34,6 +35,17 @@ def test_depth_trains_and_refuses(text, out):
     assert all("loss, 4 blocks" in row and "loss, 32 blocks" in row for row in summary(out, "depth")["rows"])
     with pytest.raises(BadInput, match="--depths"):
         depth.main(["--corpus", str(text), "--depths", "4", "2"])
+
+
+def test_a_training_that_diverges_is_told():
+    """A loss that is no number does not end the demo: the stack's loss is infinite, and the others are trained."""
+    torch.manual_seed(0)
+    data = torch.randint(5, (500,))
+    bar = SimpleNamespace(step=0, update=lambda step, **shown: None)
+    for spread, diverges in ((1.0, False), (1e38, True)):
+        model = MLP(ModelConfig(vocab_size=5, n_hidden=8))
+        nn.init.normal_(model.head.weight, std=spread)
+        assert math.isinf(depth.short_training(model, data, 2, bar, "")) == diverges, f"a head of spread {spread}"
 
 
 def test_batch_norm_leaks_and_layer_norm_does_not(text, out, monkeypatch):

@@ -36,7 +36,7 @@ def test_cross_attention_is_torchs():
 def test_an_encoder_block_is_torchs():
     """The encoder's block is nn.TransformerEncoderLayer without a mask: it sees past and future."""
     ours = EncoderBlock(CONFIG).double()
-    theirs = nn.TransformerEncoderLayer(12, 3, 48, 0.0, "gelu", batch_first=True, norm_first=True, dtype=torch.float64)
+    theirs = nn.TransformerEncoderLayer(12, 3, 48, 0.0, "relu", batch_first=True, norm_first=True, dtype=torch.float64)
     attn = ours.attn
     theirs.self_attn.in_proj_weight.data = torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]).data
     theirs.self_attn.out_proj.load_state_dict(attn.proj.state_dict())

@@ -31,6 +31,8 @@ def test_the_maps_are_the_weights_in_use():
         torch.testing.assert_close(found[layer], expected, msg=lambda m, layer=layer: f"layer {layer}\n{m}")
         x = block(x)
     assert not model.blocks[0].attn._forward_hooks and model.training, "the model is handed back as it came"
+    maps.attention_maps(model.eval(), idx)
+    assert not model.training, "the model is handed back as it came, in evaluation mode too"
 
 
 def test_word_starts_by_hand():
