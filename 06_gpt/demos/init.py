@@ -7,8 +7,12 @@ Adam moves every weight by about the learning rate per step, whatever the weight
 turned by the first few batches, one that starts large is refined. `kept` says how much of it is left: the cosine
 between a character's vector at the start and after the warm-up, averaged over characters; 1 is all, 0 nothing. The last
 row tells where the spread matters: large matrices with small vectors for tokens and positions.
+
+All models start as GPT-2 does but for the spread, so the scale of the last norm is 1. With vectors of spread
+1 / sqrt(C) the first scores are then large, and so is the first loss; the stage itself starts that scale at 0.1.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -23,19 +27,33 @@ from shared.runlog import RunLog
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from data import load_data
+from data import batches, load_data
 from model import GPT, ModelConfig
 from train import TrainConfig, evaluate, make_optimizer, train
 
 
+def redraw(model, std: float, embedding: float):
+    """GPT-2's start with other spreads: `std` of the matrices, `embedding` of the vectors of tokens and positions.
+
+    Matrices that feed the residual stream are smaller, biases are 0 and the norms' scales 1.
+    """
+    for name, p in model.named_parameters():
+        if name in ("tok_emb.weight", "pos_emb"):  # both, or the larger would drown the smaller
+            nn.init.normal_(p, std=embedding)
+        elif p.ndim >= 2:
+            shrink = math.sqrt(2 * model.config.n_layer) if name.endswith("proj.weight") else 1
+            nn.init.normal_(p, std=std / shrink)
+        else:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+
+
 def build(std: float, embedding: float, args, vocab_size: int) -> GPT:
-    """A model whose matrices start with spread `std`, the vectors of tokens and positions with spread `embedding`."""
+    """A model redrawn with these spreads, from the same random numbers each time."""
     torch.manual_seed(args.seed)
-    model = GPT(options.build(ModelConfig, args, vocab_size=vocab_size, init_std=std))
-    with torch.no_grad():
-        model.tok_emb.weight *= embedding / std
-        model.pos_emb *= embedding / std  # both, or the larger would drown the smaller
+    model = GPT(options.build(ModelConfig, args, vocab_size=vocab_size))
+    redraw(model, std, embedding)
     return model
 
 
@@ -46,14 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300, help="training steps of each model (default: 300)")
     parser.add_argument("--lr", type=float, default=5e-3, help="default: 5e-3")
     parser.add_argument("--seed", type=int, default=1337)
-    options.add(parser, ModelConfig, skip=("init_std",))
+    options.add(parser, ModelConfig)
     args = parser.parse_args(argv)
     if min(args.stds) <= 0:
         raise BadInput(f"--stds {args.stds}: a spread must be above 0, or every unit learns the same")
     config = TrainConfig(steps=args.steps, warmup=max(1, args.steps // 10), lr=args.lr, seed=args.seed)
     setup("cpu")
     log = RunLog(__file__, "init", vars(args))
-    data = load_data(args.corpus, log.folder)
+    data = load_data(args.corpus)
     small, large = min(args.stds), max(args.stds)
     cells = [(std, std) for std in args.stds] + [(large, small)] * (small < large)
 
@@ -62,16 +80,20 @@ def main(argv: list[str] | None = None) -> None:
         for i, (std, embedding) in enumerate(cells):
             model = build(std, embedding, args, len(data.tokenizer))
             start = model.tok_emb.weight.detach().clone()
-            optimizer = make_optimizer(model, config)
-            for step, loss in train(model, data.train, config, optimizer, model.config.block_size):
+            stream = batches(data.train, model.config.block_size, config.batch_size, config.seed)
+            for step, loss in train(model, stream, config, make_optimizer(model, config)):
                 bar.update(i * args.steps + step, loss=loss, text=f"std {std:g}")
+                if step == 1:
+                    first = loss
                 if step == config.warmup:
                     kept = F.cosine_similarity(model.tok_emb.weight, start, dim=1).mean().item()
             val_loss = evaluate(model, data.val, precision=config.precision)
-            rows.append({"matrices": std, "embedding": embedding, "kept": kept, "val loss": val_loss})
-            log.metrics(i, **rows[-1])
+            row = {"matrices": std, "embedding": embedding, "first loss": first, "kept": kept, "val loss": val_loss}
+            rows.append(row)
+            log.metrics(i, **row)
     table(f"{data.name}, {args.steps} steps", rows)
-    say(f"1 / sqrt(C) = {args.n_embd**-0.5:.3f} at {args.n_embd} channels")
+    say(f"1 / sqrt(C) = {args.n_embd**-0.5:.3f} at {args.n_embd} channels; a first loss of ln V = "
+        f"{math.log(len(data.tokenizer)):.2f} is that of a model without opinion")
     log.finish(corpus=data.name, rows=rows)
 
 
