@@ -13,6 +13,9 @@ import torch
 from model import GPT, ModelConfig
 from tokenizer import CharTokenizer
 
+# What a checkpoint holds, and what each part must be.
+PARTS = {"config": dict, "tokenizer": str, "model": dict}
+
 
 def save(path: Path, model, tokenizer):
     """Write what `load` needs. The file appears whole or not at all."""
@@ -37,7 +40,7 @@ def read(path: Path, device="cpu") -> dict:
         state = torch.load(content, map_location=device, weights_only=True)  # a stranger's file runs no code
     except Exception as error:  # what torch raises for a torn file has no common type
         raise damaged(path, type(error).__name__) from None
-    if not isinstance(state, dict) or not {"config", "tokenizer", "model"} <= state.keys():
+    if not isinstance(state, dict) or not all(isinstance(state.get(part), kind) for part, kind in PARTS.items()):
         raise damaged(path, "something is missing")
     return state
 
@@ -51,7 +54,7 @@ def load(path: Path, device="cpu"):
     state = read(path, device)
     try:
         config, tokenizer = ModelConfig(**state["config"]), CharTokenizer(state["tokenizer"])
-    except (TypeError, BadInput) as error:
+    except (TypeError, ValueError) as error:
         raise damaged(path, error) from None
     if len(tokenizer) != config.vocab_size:
         raise damaged(path, f"a tokenizer of {len(tokenizer)}, a model of {config.vocab_size} tokens")

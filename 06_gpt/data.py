@@ -1,7 +1,6 @@
 """A text as tokens, split in two, and the examples a model learns from: some context and the token that follows.
 
-The tokens stand in a file, of which a memory map loads only the pages that a batch touches. Documents are separated by
-`<|endoftext|>` in the text and by one special token in the file.
+The tokens stand in a file, of which a memory map loads only the pages that a batch touches.
 """
 
 import itertools

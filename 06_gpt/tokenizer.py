@@ -63,7 +63,7 @@ class BPETokenizer:
         self.fast = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def __len__(self):
-        return len(self.ranks) + len(self.special)
+        return self.fast.n_vocab  # the highest id and one: ids may have gaps
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids, by tiktoken's encoder (compiled, the same answer as `encode_slowly`)."""
@@ -179,6 +179,6 @@ def train_tokenizer(kind: str, text: str, vocab_size: int):
 
 
 def from_state(state: dict):
-    """The tokenizer that `state()` described. Raises TypeError for what describes none."""
+    """The tokenizer that `state()` described. Raises TypeError or ValueError for what describes none."""
     state = dict(state)
     return {"char": CharTokenizer, "bpe": BPETokenizer}.get(state.pop("kind", None))(**state)

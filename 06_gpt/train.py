@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load, save
+from checkpoint import damaged, load, save
 from data import batches, in_file, load_data, windows
 from model import GPT, ModelConfig
 from sample import SampleConfig, evaluation, sample
@@ -148,8 +148,6 @@ def train(model, stream, config: TrainConfig, optimizer, start: int = 0, stop=la
     the weights. In a run of several processes each takes its share of every batch, and all stop together.
     """
     rank, world = processes()
-    if config.batch_size % world:
-        raise BadInput(f"batch_size {config.batch_size} does not split over {world} processes: choose a multiple")
     device = next(model.parameters()).device
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # the highest rate, of which the schedule gives the share
@@ -214,6 +212,8 @@ def arguments(argv):
 def main(argv=None):
     args, checkpoint = arguments(argv)
     config = options.build(TrainConfig, args)
+    if config.batch_size % processes()[1]:
+        raise BadInput(f"batch_size {config.batch_size} is no multiple of the {processes()[1]} processes: choose one")
     device = setup(args.device, config.seed)
     model, tokenizer, state = checkpoint or (None, None, {"step": 0, "seconds": 0.0})
     data = load_data(args.corpus, args.tokenizer, args.vocab_size, tokenizer)
@@ -223,7 +223,10 @@ def main(argv=None):
     next(batches(data.train, model.config.block_size, config.batch_size, config.seed))
     optimizer = make_optimizer(model, config)
     if checkpoint:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise damaged(run_folder(__file__, args.name) / "model.pt", error) from None
     engine = torch.compile(model) if config.compile else model
     if processes()[1] > 1:
         engine = DistributedDataParallel(engine)
@@ -238,10 +241,10 @@ def main(argv=None):
         stream = batches(data.train, model.config.block_size, config.batch_size, config.seed, step)
 
         def keep():
-            log.keep()
             run = {"optimizer": optimizer.state_dict(), "step": step, "seconds": time.perf_counter() - begin}
             if processes()[0] == 0:
                 save(log.folder / "model.pt", model, data.tokenizer, **run, args=flags)
+            log.keep()
 
         with progress(config.steps, "training") as bar:
             for step, loss in train(engine, stream, config, optimizer, state["step"], lambda: interrupt.asked):

@@ -76,10 +76,12 @@ def damage(path, model, tokenizer):
         "impossible shape": {"config": state["config"] | {"vocab_size": 0}},
         "a letter missing": {"tokenizer": CharTokenizer(tokenizer.chars[1:]).state()},
         "more tokens": {"tokenizer": train_tokenizer("byte", "", 0).state()}, "no kind": {"tokenizer": {}},
+        "characters alone": {"tokenizer": tokenizer.chars}, "no step": {"step": None}, "no flags": {"args": None},
+        "no pattern": {"tokenizer": {"kind": "bpe", "ranks": {b"a": 0}, "special": {}, "pattern": "("}},
         "no letters": {"tokenizer": {"kind": "char"}}, "no bytes": {"tokenizer": {"kind": "bpe"}},
     }
     others = {"list": [1, 2], "tensor": torch.zeros(3), "incomplete": {"config": state["config"]}}
-    for part in ("config", "tokenizer", "model", "optimizer", "step", "args"):
+    for part in ("config", "tokenizer", "model", "optimizer", "step", "seconds", "args"):
         others[f"without {part}"] = {key: state[key] for key in state.keys() - {part}}
     for name, content in (others | {name: state | change for name, change in changes.items()}).items():
         torch.save(content, path)

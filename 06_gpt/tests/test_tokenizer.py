@@ -319,6 +319,7 @@ def test_pattern_and_special_tokens_are_the_tokenizers_own():
     tokenizer = other_pattern()
     assert tokenizer.pattern == r"[^\n]+|\n", "the pattern is an attribute of the tokenizer"
     assert tokenizer.special == {"<|start|>": 0, "<|end|>": 1}, "so are the special tokens, by name"
+    assert len(tokenizer) == 817, "a model needs a place for every id, gaps included: the highest id is 816"
     end_of_line = 300 + 2 * ord("\n")
     for encode in (tokenizer.encode, tokenizer.encode_slowly):
         assert encode("lo w") == [816, 300 + 2 * ord("w")], "a merge crosses a space, where the pattern lets it"
@@ -352,10 +353,12 @@ def test_a_tokenizer_comes_back_from_its_state(kind):
     assert state == tokenizer.state(), "reading a state uses it up: it could not be saved again"
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"kind": "word"}, {"kind": "char"}, {"kind": "bpe", "ranks": {}}])
-def test_a_state_of_no_tokenizer_is_a_type_error(state):
-    """What describes no tokenizer raises TypeError, so that a checkpoint with it can be called damaged."""
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize(
+    "state", [None, [], "abc", {}, {"kind": "word"}, {"kind": "char"}, {"kind": "bpe", "ranks": {}}], ids=str
+)
+def test_a_state_of_no_tokenizer_is_refused(state):
+    """What describes no tokenizer is a TypeError or a ValueError: a checkpoint with it can be called damaged."""
+    with pytest.raises((TypeError, ValueError)):
         from_state(state)
 
 

@@ -776,8 +776,6 @@ def process(rank: int, port: int, folder: Path, flags: list[str]):
         found[name] = dropped(model)
         stream = batches(torch.arange(11).repeat(9), 5, 4, 5, start)
         list(train(DistributedDataParallel(model), stream, config, make_optimizer(model, config), start))
-    with pytest.raises(BadInput, match="batch_size"):
-        next(train(model, iter([]), recipe(batch_size=3), make_optimizer(model, recipe())))
     dist.destroy_process_group()
 
     found["saves"], save = 0, script.save
@@ -787,6 +785,9 @@ def process(rank: int, port: int, folder: Path, flags: list[str]):
         save(*args, **kwargs)
 
     script.save = count
+    with pytest.raises(BadInput, match="batch_size"):
+        main([*flags, "--name", "odd", "--batch-size", "3"])
+    assert not (folder / "odd").exists(), "a run that was refused leaves a folder"
     main([*flags, "--name", "two"])
     torch.save(found, folder / f"{rank}.pt")
 
@@ -1001,7 +1002,9 @@ class Bomb:
         return RAN.append, ("boom",)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "random bytes", "empty", "code", "optimizer", "step", "args"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "random bytes", "empty", "code", "optimizer", "step", "seconds", "args"]
+)
 def test_a_damaged_checkpoint_is_not_resumed(damage, earlier, tmp_path):
     """A checkpoint that is damaged, incomplete or holds code is refused in one line, and the record stays."""
     path = tmp_path / "out" / "tiny" / "model.pt"
@@ -1018,6 +1021,32 @@ def test_a_damaged_checkpoint_is_not_resumed(damage, earlier, tmp_path):
         assert "\n" not in str(caught.value), f"more than one line: {caught.value}"
     assert RAN == [], "opening a stranger's file ran the code in it: load weights only"
     assert earlier() == ["model.pt"], "the record of the run was changed"
+
+
+@pytest.mark.parametrize("change", ["no groups", "one group", "another group"])
+def test_an_optimizer_of_another_model_is_not_resumed(change, earlier, tmp_path):
+    """A checkpoint whose optimiser does not fit its model is refused in one line, and the record stays."""
+    path = tmp_path / "out" / "tiny" / "model.pt"
+    state = torch.load(path, weights_only=True)
+    matrices, vectors = state["optimizer"]["param_groups"]
+    groups = {"one group": [matrices], "another group": [matrices | {"params": [0]}, vectors]}
+    optimizer = {} if change == "no groups" else state["optimizer"] | {"param_groups": groups[change]}
+    torch.save(state | {"optimizer": optimizer}, path)
+    with pytest.raises(BadInput, match="damaged"):
+        main(["--resume", "--name", "tiny", "--steps", "50"])
+    assert earlier() == ["model.pt"], "the record of the run was changed"
+
+
+def test_a_full_disk_at_the_first_checkpoint_keeps_the_earlier_run(text, earlier, monkeypatch):
+    """When not even the first checkpoint can be written, the earlier run of that name stays whole, record and all."""
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        main(["--corpus", str(text), "--name", "tiny", *FLAGS])
+    assert not earlier(), f"without a checkpoint of its own, a run wrote over an earlier one's {earlier()}"
 
 
 def test_a_full_disk_keeps_what_was_saved(run, tmp_path, monkeypatch):
