@@ -1,7 +1,4 @@
-"""Text to integers, three ways: characters, bytes, and byte pairs learned from a text (BPE).
-
-A byte tokenizer is a byte-pair tokenizer that has learned nothing yet.
-"""
+"""Text to integers, three ways: characters, byte pairs learned from a text (BPE), and bytes: no pair learned yet."""
 
 import heapq
 from collections import Counter, defaultdict
