@@ -176,10 +176,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        nn.init.normal_(self.tok_emb.weight, std=config.n_embd**-0.5)  # Adam turns small vectors faster
         if config.positions == "learned":
-            self.pos_emb = nn.Parameter(torch.randn(config.block_size, config.n_embd))  # [T, C], as loud as tok_emb
+            self.pos_emb = nn.Parameter(torch.randn(config.block_size, config.n_embd) * config.n_embd**-0.5)  # [T, C]
         else:
-            self.register_buffer("pos_emb", sinusoidal_positions(config.block_size, config.n_embd))
+            table = sinusoidal_positions(config.block_size, config.n_embd)
+            self.register_buffer("pos_emb", table * config.n_embd**-0.5)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size)

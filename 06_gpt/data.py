@@ -64,9 +64,9 @@ def windows(data: torch.Tensor, block_size: int):
 def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, start: int = 0):
     """Minibatches without end: each pass over the text draws every window once, in a new order.
 
-    Yields x, y [batch_size, block_size]; the few windows that fill no whole batch are left out of the pass. Drawing
-    windows independently would show some three times before others once. Raises BadInput when the text does not fill
-    one batch. Each pass has a generator of its own, so that a run goes on at batch `start` as if it had never stopped.
+    Yields x, y [batch_size, block_size]; raises BadInput for a text that does not fill one batch. Drawing windows
+    independently would show some three times before others once.
+    Each pass has a generator of its own, so that a run goes on at batch `start` as if it had never stopped.
     """
     per_pass = (len(data) - block_size) // block_size // batch_size  # whole batches, wherever the windows begin
     if per_pass < 1:

@@ -168,6 +168,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        nn.init.normal_(self.tok_emb.weight, std=config.n_embd**-0.5)  # Adam turns small vectors faster
         self.pos_emb = nn.Parameter(torch.randn(config.block_size, config.n_embd) * config.n_embd**-0.5)  # [T, C]
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -178,7 +179,6 @@ class GPT(nn.Module):
         self.norm = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.tok_emb.weight  # tokens that are used alike get vectors and scores alike
-        nn.init.normal_(self.tok_emb.weight, std=config.n_embd**-0.5)
         # Small scores at the start: every character is about equally likely and the loss starts at ln V. Large random
         # scores are confident mistakes, which the first steps would have to unlearn.
         nn.init.constant_(self.norm.weight, 0.1)

@@ -368,7 +368,10 @@ def test_learned_positions_are_trained_and_sinusoidal_are_not():
     assert learned.pos_emb.shape == fixed.pos_emb.shape == (7, 12), "one vector of C channels for each position"
     assert "pos_emb" in dict(learned.named_parameters()), "a learned table must reach the optimiser"
     assert "pos_emb" not in dict(fixed.named_parameters()), "the formula's table must not be trained"
-    assert torch.equal(fixed.pos_emb, sinusoidal_positions(7, 12)), "the table comes from the formula"
+    expected = sinusoidal_positions(7, 12) / math.sqrt(12)
+    torch.testing.assert_close(
+        fixed.pos_emb, expected, msg=lambda m: f"the formula's table, as small as the tokens' vectors\n{m}"
+    )
     logits = learned(torch.randint(11, (2, 5)))
     logits.square().sum().backward()
     used = learned.pos_emb.grad.abs().sum(1) > 0
@@ -401,7 +404,9 @@ def test_every_layer_starts_at_its_scale():
         assert not layer.bias.any(), f"{name}: biases start at 0"
     for name in ("tok_emb.weight", "pos_emb"):
         std = model.get_parameter(name).std().item()
-        assert std == pytest.approx(1, rel=0.05), f"{name} starts with spread {std:.3f}: tokens and positions are alike"
+        assert std == pytest.approx(60**-0.5, rel=0.05), (
+            f"{name} starts with spread {std:.3f}, not 1 / sqrt(60) = 0.129: tokens and positions are alike"
+        )
 
 
 @pytest.mark.parametrize("n_layer", [1, 12])
