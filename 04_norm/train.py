@@ -29,7 +29,7 @@ from sample import SampleConfig, evaluation, sample
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 5000  # optimiser steps
+    steps: int = 3000  # optimiser steps
     batch_size: int = 512  # windows per step
     lr: float = 3e-3  # learning rate of the first step; it falls to 0 in a straight line
     weight_decay: float = 0.3  # pull of the weights towards 0, as a share of the learning rate

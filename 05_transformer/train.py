@@ -29,7 +29,7 @@ from sample import SampleConfig, evaluation, sample
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 1800  # optimiser steps
+    steps: int = 2400  # optimiser steps
     batch_size: int = 32  # windows per step
     lr: float = 5e-3  # highest learning rate
     warmup: int = 500  # steps over which the learning rate rises to it; from there it falls to 0 in a straight line

@@ -38,11 +38,11 @@ from sample import SampleConfig, evaluation, sample
 class TrainConfig:
     """The recipe. Raises BadInput for one that cannot run."""
 
-    steps: int = 2700  # optimiser steps
+    steps: int = 3000  # optimiser steps
     batch_size: int = 32  # windows per step
     micro_batch: int = 64  # windows that a process takes at once; a larger share of a batch goes in several parts
     lr: float = 8e-3  # highest learning rate
-    warmup: int = 500  # steps over which the learning rate rises to it; from there it falls to 0 in a straight line
+    warmup: int = 700  # steps over which the learning rate rises to it; from there it falls to 0 in a straight line
     weight_decay: float = 0.1  # pull of the weights towards 0, as a share of the learning rate
     beta2: float = 0.99  # memory of AdamW's second moment; small batches are noisy and want a long one
     clip: float = 1.0  # longest gradient that is let through; a longer one is scaled down to it
