@@ -2,8 +2,7 @@
 
 Unlike the plain transformer before it:
 
-- weights start smaller where they feed the residual stream, which sums all of them;
-- the token embedding is also the output layer (weight tying);
+- the token embedding is also the output layer, and weights start smaller where they feed the residual stream;
 - GELU, dropout for long runs, and attention takes the fast path of the device it runs on.
 
 Shapes: B sequences in a batch, T positions, C = n_embd channels, H heads of D = C / H channels, V tokens.

@@ -3,7 +3,6 @@
     uv run python train.py
     uv run python train.py --preset long
     uv run python train.py --tokenizer bpe --vocab-size 1024 --name bpe
-    uv run python train.py --resume --name bpe
     uv run torchrun --standalone --nproc-per-node 2 train.py      # two processes, each with half of every batch
 """
 
