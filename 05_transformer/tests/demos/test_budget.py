@@ -1,0 +1,46 @@
+"""The demo of budgets: which runs it makes, that none is made twice, and what it draws."""
+
+import json
+
+from shared.errors import BadInput
+
+import pytest
+
+from demos import budget
+
+
+def test_the_ends_are_trained_with_every_seed():
+    """The smallest and the largest budget take all seeds, those between the first; every stage has every budget."""
+    runs = budget.plan([0.5, 1, 2], seeds=[7, 8])
+    assert len(runs) == len(set(runs)) == 3 * (2 + 1 + 2), "a run is missing, or made twice"
+    for stage, (steps, _) in budget.STAGES.items():
+        mine = [(count, seed) for name, count, seed in runs if name == stage]
+        expected = [(steps // 2, 7), (steps // 2, 8), (steps, 7), (2 * steps, 7), (2 * steps, 8)]
+        assert mine == expected, f"{stage} has the runs {mine}, not {expected}"
+
+
+def test_a_small_budget_is_trained_once(tmp_path, monkeypatch, capsys):
+    """Each network is trained by its own script, its loss shown and drawn; the second time nothing is trained."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(budget, "STAGES", {"03_mlp": (4, None), "05_transformer": (4, 3)})
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the rat sat on the cat\n" * 600, encoding="utf-8")
+    words = ["--corpus", str(text), "--shares", "1", "--seeds", "5"]
+    budget.main(words)
+    summary = json.loads((tmp_path / "out" / "budget" / "summary.json").read_text("utf-8"))
+    assert [(row["stage"], row["steps"]) for row in summary["rows"]] == [("03_mlp", 4), ("05_transformer", 4)]
+    for row in summary["rows"]:
+        folder = tmp_path / "out" / f"budget-{row['stage'][:2]}-4-5"
+        assert row["val loss"] == json.loads((folder / "summary.json").read_text("utf-8"))["val_loss"], "another loss"
+    assert (tmp_path / "out" / "budget" / "budget.png").stat().st_size > 1000, "no figure"
+    monkeypatch.setattr(budget.subprocess, "run", lambda *args, **how: pytest.fail("a finished run is made again"))
+    budget.main(words)
+
+
+def test_a_run_that_fails_is_one_line(tmp_path, monkeypatch):
+    """What a stage's script refuses is passed on with the stage's name."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path / "out"))
+    with pytest.raises(BadInput, match="03_mlp"):
+        budget.main(["--corpus", str(tmp_path / "nowhere.txt"), "--shares", "0.001", "--seeds", "1"])
+    with pytest.raises(BadInput, match="--shares"):
+        budget.main(["--shares", "0"])
