@@ -53,6 +53,7 @@ def outside(monkeypatch):
             monkeypatch.setenv(name.upper(), f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
         monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+        monkeypatch.setattr(urllib.request, "_opener", None)  # it would remember the proxy beyond this test
         yield asked
         done.set()
         thread.join(5)

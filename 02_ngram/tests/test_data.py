@@ -40,7 +40,7 @@ def test_windows_are_contexts_and_the_next_token():
 @pytest.mark.parametrize("length", [0, 1, 4])
 def test_short_texts_are_refused(length):
     """A text without a whole window is refused in words; one window is enough."""
-    with pytest.raises(BadInput, match=rf"{length} characters has no window of 4 \+ 1"):
+    with pytest.raises(BadInput, match="no window"):
         windows(torch.arange(length), 4)
     x, y = windows(torch.arange(5), 4)
     assert x.tolist() == [[0, 1, 2, 3]] and y.tolist() == [4], "five tokens hold one window of four and its target"

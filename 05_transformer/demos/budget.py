@@ -21,13 +21,14 @@ from shared.console import progress, say, table
 from shared.errors import BadInput
 from shared.program import run_program
 from shared.runlog import RunLog, run_folder
+from shared.stages.repo import find
 
 from matplotlib.figure import Figure
 
 STAGES = {  # default steps and warm-up of each stage
-    "03_mlp": (4000, None),
-    "04_norm": (3000, None),
-    "05_transformer": (2400, 500),
+    "03": (4000, None),
+    "04": (3000, None),
+    "05": (2400, 500),
 }
 
 
@@ -43,8 +44,8 @@ def plan(shares: list[float], seeds: list[int]) -> list[tuple[str, int, int]]:
 
 def train(stage: str, steps: int, seed: int, corpus: str | None) -> dict:
     """The summary of one run, from its folder or by training it. Raises BadInput when the training fails."""
-    folder = Path(__file__).parents[2] / stage
-    name = f"budget-{stage[:2]}-{steps}-{seed}"
+    folder = find(stage, Path(__file__).parents[2]).path
+    name = f"budget-{stage}-{steps}-{seed}"
     summary = run_folder(folder / "train.py", name) / "summary.json"
     if not summary.is_file():
         words = ["--steps", str(steps), "--seed", str(seed), "--name", name, "--eval-every", str(steps)]
@@ -54,7 +55,7 @@ def train(stage: str, steps: int, seed: int, corpus: str | None) -> dict:
         words += ["--corpus", corpus] if corpus else []
         done = subprocess.run([sys.executable, "train.py", *words], cwd=folder, capture_output=True, encoding="utf-8")
         if done.returncode:
-            raise BadInput(f"{stage}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+            raise BadInput(f"stage {stage}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     return json.loads(summary.read_text("utf-8"))
 
 
@@ -67,7 +68,7 @@ def draw(rows: list[dict]) -> Figure:
         steps = sorted({row["steps"] for row in mine})
         groups = [[row for row in mine if row["steps"] == count] for count in steps]
         mean = [[sum(row[key] for row in group) / len(group) for group in groups] for key in ("seconds", "val loss")]
-        [line] = axes.plot(*mean, "-", label=stage)
+        [line] = axes.plot(*mean, "-", label=f"stage {stage}")
         axes.plot([row["seconds"] for row in mine], [row["val loss"] for row in mine], "o", color=line.get_color(),
                   markersize=4)
     axes.set(xlabel="seconds of training", ylabel="validation loss, nats/char", xscale="log")

@@ -218,7 +218,7 @@ def test_tokens_have_two_bytes_each(tmp_path):
     alphabet = "".join(chr(0x10000 + i) for i in range(65_536))
     tokens = encode("".join(alphabet[i] for i in ids), CharTokenizer(alphabet))
     assert tokens.dtype == torch.uint16 and tokens.tolist() == ids, "ids from 32,768 on need all 16 bits, without sign"
-    path = tmp_path / "run" / "text.bin"
+    path = tmp_path / "text.bin"
     assert in_file(path, tokens).tolist() == ids, "the file holds other tokens than the text"
     assert path.stat().st_size == 2 * len(ids), "a file has two bytes a token and nothing else"
     assert np.fromfile(path, dtype=np.uint16).tolist() == ids, "plain 16-bit numbers, which any program can read"

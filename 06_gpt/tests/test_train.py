@@ -712,7 +712,7 @@ def test_a_resumed_run_may_be_told_anew(earlier, tmp_path, monkeypatch):
     """Steps, looks, device and board may be given anew, and a flag that says what the run does already is no other."""
     shown = watch_board(monkeypatch)
     words = ["--steps", "44", "--eval-every", "42", "--device", "cpu", "--board", "tensorboard"]
-    main(["--resume", "--name", "tiny", *words, "--n-layer", "1", "--lr", "0.005", "--tokenizer", "char"])
+    main(["--resume", "--name", "tiny", *words, "--n-layer", "1", "--lr", "0.008", "--tokenizer", "char"])
     folder = tmp_path / "out" / "tiny"
     assert load(folder / "model.pt")[2]["step"] == 44, "a finished run can be made longer"
     looks = [row["step"] for row in metrics(folder) if "val_loss" in row]
@@ -923,7 +923,7 @@ def test_what_a_run_says(run, capsys):
     assert out.count("nats per character") == 3 and "step 3: validation loss" in out, "a look at step 3 and at the end"
     assert f"{loss:.4f} nats per character" in out.splitlines()[-1], "the last line tells the loss"
     rates = [row["lr"] for row in metrics(run("more", "--steps", "10")) if "lr" in row]
-    assert rates == pytest.approx([0.001]), f"step 10 of 10 has a fifth of the rate 0.005, and {rates} was logged"
+    assert rates == pytest.approx([0.0016]), f"step 10 of 10 has a fifth of the rate 0.008, and {rates} was logged"
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
