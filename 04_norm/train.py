@@ -134,6 +134,7 @@ def main(argv=None):
     model = MLP(options.build(ModelConfig, args, vocab_size=len(data.tokenizer))).to(device)
     # A text that is too short for either is refused now, not after the training.
     windows(data.val, model.config.block_size)
+    next(batches(data.train, model.config.block_size, config.batch_size, config.seed))
     stream = batches(data.train, model.config.block_size, config.batch_size, config.seed)
     optimizer = make_optimizer(model, config)
     params = sum(p.numel() for p in model.parameters())

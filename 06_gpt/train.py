@@ -98,7 +98,7 @@ def evaluate(model, data, rows: int = 64, precision: str = "float32") -> float:
     pieces = list(zip(x.split(rows), y.split(rows), strict=True))
     if y.numel() < len(data) - 1:  # the last window is shorter, and counts too
         pieces.append((data[None, y.numel():-1], data[None, y.numel() + 1:]))
-    pieces = [(a.long().to(device), b.long().to(device)) for a, b in pieces]
+    pieces = ((a.long().to(device), b.long().to(device)) for a, b in pieces)
     with evaluation(model):
         total = sum(nll(model, a, b, precision).item() * b.numel() for a, b in pieces)
     return total / (len(data) - 1)

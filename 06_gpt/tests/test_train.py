@@ -1,5 +1,6 @@
 """Checkpoints of the training: AdamW written out, exact accumulation and resumption, two processes, the script."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -792,6 +793,15 @@ def process(rank: int, port: int, folder: Path, flags: list[str]):
     torch.save(found, folder / f"{rank}.pt")
 
 
+def vacant_port() -> int:
+    """A port that nobody uses, below those that the system hands out: one of its own could be taken before we bind."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What each of two processes found, and the folder of their run "two"."""
@@ -803,9 +813,7 @@ def pair(tmp_path_factory):
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["torch"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = vacant_port()
     words = ["--corpus", str(file), *FLAGS, "--precision", "float32", "--steps", "12", "--eval-every", "5"]
     both = [context.Process(target=process, args=(rank, port, folder, words)) for rank in range(2)]
     for one in both:
