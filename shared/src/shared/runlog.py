@@ -56,10 +56,10 @@ class RunLog:
         self.begin = time.perf_counter()
         self.writes = os.environ.get("RANK", "0") == "0"
         self.rows, self.kept, self.board = [], resume > 0, None
-        if not self.writes:
-            return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)  # in each process: the first one may be late
+            if not self.writes:
+                return
             if resume:
                 self.rewind(resume)
         except OSError as error:
