@@ -208,3 +208,130 @@ def test_character_ids_did_not_change_from_05_to_06(stages):
     tokenizer = six.tokenizer.train_tokenizer("char", TEXT, 0)
     assert tokenizer.encode(TEXT) == five.tokenizer.CharTokenizer(TEXT).encode(TEXT), "the ids differ"
     assert len(tokenizer) == len(five.tokenizer.CharTokenizer(TEXT)), "a token was added that the text does not have"
+
+
+def test_as_many_heads_of_keys_as_of_queries_is_multi_head_attention(stages):
+    """06 -> 07: with a head of keys for each head of queries, no QK-norm and no positions, attention is the old one."""
+    six, seven = stages("06").model, stages("07").model
+    shape = {"vocab_size": 11, "n_embd": 12, "n_head": 3}
+    old = randomise(six.CausalSelfAttention(six.ModelConfig(**shape)))
+    new = seven.CausalSelfAttention(seven.ModelConfig(**shape, n_kv_head=3, qk_norm=False))
+    with torch.no_grad():
+        for layer in (old.query, old.key, old.value, old.proj):
+            layer.bias.zero_()  # the new layers have none
+    new.load_state_dict({name: p for name, p in old.state_dict().items() if not name.endswith("bias")})
+    x = torch.randn(4, 8, 12)
+    same(new(x), old(x), "attention")
+    slope = torch.randn(4, 8, 12)
+    for attn in (old, new):
+        attn(x).backward(slope)
+    for name, p in new.named_parameters():
+        same(p.grad, old.get_parameter(name).grad, f"gradient of {name}")
+
+
+@pytest.fixture
+def gpt2_parts(stages, monkeypatch):
+    """Puts GPT-2's parts into 07's model: LayerNorm, GELU in two matrices, and a learned vector for each position."""
+    seven = stages("07").model
+
+    class TwoMatrices(seven.FeedForward):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gate = None
+
+        def forward(self, x):
+            return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+    class Learned(torch.nn.Embedding):
+        """The tokens' vectors, each with that of its position."""
+
+        def __init__(self, n_tokens, n_embd):
+            super().__init__(n_tokens, n_embd)
+            self.pos_emb = torch.nn.Parameter(torch.zeros(8, n_embd))
+
+        def forward(self, idx):
+            return super().forward(idx) + self.pos_emb[:idx.shape[1]]
+
+    monkeypatch.setattr(seven, "RMSNorm", lambda n_channels, eps: torch.nn.LayerNorm(n_channels))
+    monkeypatch.setattr(seven, "FeedForward", TwoMatrices)
+    monkeypatch.setattr(seven, "nn", SimpleNamespace(**vars(torch.nn) | {"Embedding": Learned}))
+
+
+def test_gpt2s_parts_put_into_the_modern_model_are_gpt2(stages, gpt2_parts):
+    """06 -> 07: with learned positions, LayerNorm and GELU the same weights give the old scores and gradients."""
+    six, seven = stages("06"), stages("07")
+    shape = {"vocab_size": 11, "block_size": 8, "n_embd": 12, "n_head": 3, "n_layer": 2}
+    old = randomise(six.model.GPT(six.model.ModelConfig(**shape)))
+    new = seven.model.GPT(
+        seven.model.ModelConfig(**shape, n_kv_head=3, qk_norm=False, nope_every=1, n_hidden=48)  # 48 = 4 C
+    )
+    weights = old.state_dict()
+    with torch.no_grad():
+        for name in weights:  # linear layers have no biases any more, norms put back have
+            if name.endswith("bias") and "norm" not in name:
+                weights[name].zero_()
+    weights["tok_emb.pos_emb"] = weights["pos_emb"]
+    new.load_state_dict({name: weights[name] for name in new.state_dict()})
+    x, y = torch.randint(11, (4, 8)), torch.randint(11, (4, 8))
+    same(new(x), old(x), "scores")
+    for model in (old, new):
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    for name, p in new.named_parameters():
+        same(p.grad, old.get_parameter(name.replace("tok_emb.pos_emb", "pos_emb")).grad, f"gradient of {name}")
+
+
+def plain_adamw(params, lr, momentum, weight_decay):
+    """What stood in Muon's place."""
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+
+
+def test_training_with_muon_off_is_the_training_of_06(stages, monkeypatch):
+    """06 -> 07: with AdamW in Muon's place and no stable part, the same recipe takes the same steps."""
+    torch.set_default_dtype(torch.float32)
+    six, seven = stages("06"), stages("07")
+    monkeypatch.setattr(seven.train, "Muon", plain_adamw)
+    shape = {"vocab_size": 11, "block_size": 8, "n_embd": 12, "n_head": 6, "n_kv_head": 2, "head_dim": 4, "n_layer": 2}
+    recipe = {"steps": 8, "batch_size": 4, "micro_batch": 3, "lr": 0.01, "warmup": 2, "weight_decay": 0.1}
+    recipe |= {"beta2": 0.99, "clip": 0.5, "precision": "float32"}
+    stream = [(torch.randint(11, (4, 8)), torch.randint(11, (4, 8))) for _ in range(8)]
+    old, new = (seven.model.GPT(seven.model.ModelConfig(**shape)) for _ in range(2))
+    new.load_state_dict(old.state_dict())
+    config = six.train.TrainConfig(**recipe)
+    losses = list(six.train.train(old, iter(stream), config, six.train.make_optimizer(old, config)))
+    config = seven.train.TrainConfig(**recipe, muon_lr=0.01, decay=6 / 8)
+    again = list(seven.train.train(new, iter(stream), config, seven.train.make_optimizer(new, config)))
+    assert [loss for _, loss in again] == pytest.approx([loss for _, loss in losses], rel=1e-5), "the losses differ"
+    for (name, p), q in zip(old.named_parameters(), new.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name} went another way: {m}")
+
+
+def test_evaluation_did_not_change_from_06_to_07(stages):
+    """06 -> 07: the same model gets the same loss on the same text, last short window included."""
+    torch.set_default_dtype(torch.float32)
+    six, seven = stages("06"), stages("07")
+    model = randomise(seven.model.GPT(seven.model.ModelConfig(vocab_size=30, block_size=8, n_embd=12, n_head=2)))
+    ids = torch.tensor(six.tokenizer.train_tokenizer("char", TEXT, 0).encode(TEXT)[:101])
+    for precision in ("float32", "bfloat16"):
+        old, new = (stage.train.evaluate(model, ids, 5, precision) for stage in (six, seven))
+        assert new == old, f"in {precision} the losses differ"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_token_ids_did_not_change_from_06_to_07(kind, stages):
+    """06 -> 07: a tokenizer learned from a text numbers it as before, and one that was saved can still be read."""
+    six, seven = stages("06"), stages("07")
+    old, new = (stage.tokenizer.train_tokenizer(kind, TEXT, 280) for stage in (six, seven))
+    read = seven.tokenizer.from_state(old.state())
+    assert old.encode(TEXT) == new.encode(TEXT) == read.encode(TEXT), "the ids differ"
+    assert len(old) == len(new) == len(read), "the vocabularies differ in size"
+
+
+def test_the_stream_of_batches_did_not_change_from_06_to_07(stages):
+    """06 -> 07: the same seed draws the same windows in the same order, from any step on."""
+    six, seven = stages("06"), stages("07")
+    data = torch.arange(500)
+    for start in (0, 17):  # 17: within the second pass
+        old, new = (stage.data.batches(data, 8, 4, seed=3, start=start) for stage in (six, seven))
+        for step in range(30):
+            a, b = next(old), next(new)
+            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"from {start} on, batch {step} differs"
