@@ -79,9 +79,9 @@ PRESETS = {
     },
     "smollm2": {  # the shape of SmolLM2-135M, 2 million tokens per step: 64 micro-batches of 16 windows on one GPU
         "name": "smollm2", "n_layer": 30, "n_embd": 576, "n_head": 9, "n_kv_head": 3, "n_hidden": 1536,
-        "qk_norm": False, "norm_eps": 1e-5, "block_size": 2048, "rope_base": 100_000.0, "tokenizer": "bpe", "vocab_size": 49152,
-        "lr": 3e-3, "muon_lr": 0.01, "momentum": 0.95, "beta2": 0.95, "batch_size": 1024, "micro_batch": 16,
-        "warmup": 2000, "decay": 0.2, "steps": 1_000_000,
+        "qk_norm": False, "norm_eps": 1e-5, "rope_base": 100_000.0, "block_size": 2048, "tokenizer": "bpe",
+        "vocab_size": 49152, "lr": 3e-3, "muon_lr": 0.01, "momentum": 0.95, "beta2": 0.95, "batch_size": 1024,
+        "micro_batch": 16, "warmup": 2000, "decay": 0.2, "steps": 1_000_000,
     },
 }
 

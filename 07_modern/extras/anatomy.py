@@ -1,0 +1,246 @@
+"""Where a model's parameters, its arithmetic and its memory go: for models of any size, without their weights.
+
+    uv run stages run 07 extras/anatomy.py llama3-8b qwen3-0.6b
+    uv run stages run 07 extras/anatomy.py gpt2-xl my/folder/config.json --context 512
+
+A model is a preset, a config.json or, in Python, a model of this stage: `count(model)`. Models of this stage's
+architecture are built on torch's "meta" device, where a tensor has a shape and no numbers. Llama 3 70B then takes no
+memory, and its parameters are counted one by one. GPT-2 and Gemma 3 have other parts; those are counted by formula.
+
+Rows of the table that need a word:
+
+- Forward FLOPs, the additions and multiplications for one token. Each parameter of a matrix costs one of both. The
+  token embedding is looked up, which costs none; as the output layer it is a matrix like others, tied or not.
+- Attention also has work without parameters. A query is compared with T keys: H dot products of D terms each, 2 T H D.
+  The average of T values costs the same. Together 4 T H D in each layer, where T is `--context`, the positions that the
+  token looks back over. (Those of a training window look back over 1 ... T; it is usual to count T for all of them.)
+- Training takes 3 times the forward pass. For each product the backward pass has two of the same size: one gives the
+  gradient of the weights, one that of the input. Kaplan et al. (2020), section 2.1; Chowdhery et al. (2022), app. B.
+- KV cache: a model that writes keeps the keys and values of the past, 2 K D numbers for each position and layer, here
+  of 2 bytes each. A layer with a sliding window keeps no more positions than its window has.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
+
+from shared import options
+from shared.console import table
+from shared.errors import BadInput
+from shared.program import run_program
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from config_json import FAMILIES, read_config, read_json
+from model import GPT
+
+PARTS = ("embedding", "attention", "feed-forward", "norms", "head")
+
+
+def modern(kind, n_embd, n_hidden, n_layer, n_head, n_kv_head, head_dim, vocab, positions, tied, **more) -> dict:
+    """The fields of a published config.json that decide how large the model is."""
+    return {
+        "model_type": kind, "hidden_size": n_embd, "intermediate_size": n_hidden, "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head, "num_key_value_heads": n_kv_head, "head_dim": head_dim, "vocab_size": vocab,
+        "max_position_embeddings": positions, "tie_word_embeddings": tied, **more,
+    }  # fmt: skip
+
+
+def gpt2(n_embd, n_layer, n_head) -> dict:
+    """The same of GPT-2."""
+    sizes = {"n_embd": n_embd, "n_layer": n_layer, "n_head": n_head, "n_positions": 1024, "vocab_size": 50257}
+    return {"model_type": "gpt2", **sizes}
+
+
+PRESETS = {
+    "gpt2": gpt2(768, 12, 12),
+    "gpt2-medium": gpt2(1024, 24, 16),
+    "gpt2-large": gpt2(1280, 36, 20),
+    "gpt2-xl": gpt2(1600, 48, 25),
+    "llama3-8b": modern("llama", 4096, 14336, 32, 32, 8, 128, 128256, 8192, False),
+    "llama3-70b": modern("llama", 8192, 28672, 80, 64, 8, 128, 128256, 8192, False),
+    "qwen3-0.6b": modern("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, 40960, True),
+    "qwen3-1.7b": modern("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, 40960, True),
+    "qwen3-4b": modern("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, 40960, True),
+    "qwen3-8b": modern("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 40960, False),
+    "qwen3-14b": modern("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, 40960, False),
+    "qwen3-32b": modern("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 40960, False),
+    "smollm2-135m": modern("llama", 576, 1536, 30, 9, 3, 64, 49152, 8192, True),
+    "smollm3-3b": modern("smollm3", 2048, 11008, 36, 16, 4, 128, 128256, 65536, True),
+    # Gemma 3's part for text. From 4B on the published files hold 64 tokens more, which stand for pictures.
+    "gemma3-1b": modern("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, 32768, True, sliding_window=512),
+    "gemma3-4b": modern("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262144, 131072, True, sliding_window=1024),
+    "gemma3-12b": modern("gemma3_text", 3840, 15360, 48, 16, 8, 256, 262144, 131072, True, sliding_window=1024),
+    "gemma3-27b": modern("gemma3_text", 5376, 21504, 62, 32, 16, 128, 262144, 131072, True, sliding_window=1024),
+}
+
+
+@dataclass
+class Anatomy:
+    """The sizes of a model, and how many parameters each of its PARTS has. Biases count with the part they are in."""
+
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    n_hidden: int
+    parts: dict[str, int]
+    matrices: int  # parameters that every token is multiplied by: a tied head counts here, and in `parts` does not
+    windows: list[int]  # how many positions each layer looks back over
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def flops(self, T: int) -> dict[str, int]:
+        """Additions and multiplications of a forward pass for one token that looks back over T positions."""
+        attention = sum(4 * min(T, window) * self.n_head * self.head_dim for window in self.windows)
+        return {"matrices": 2 * self.matrices, "attention": attention}
+
+    def cache(self, T: int, size: int = 2) -> int:
+        """Bytes of the keys and values of T positions, at `size` bytes for each number: 2 is bfloat16."""
+        return sum(2 * min(T, window) * self.n_kv_head * self.head_dim * size for window in self.windows)
+
+
+class Unset(TorchFunctionMode):
+    """Inside, a new model's weights are not set: on the meta device there is nothing to set.
+
+    torch would load its compiler, sympy and 800 other modules to find that out.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.init.normal_, torch.Tensor.div_):
+            return args[0] if args else None
+        return func(*args, **(kwargs or {}))
+
+
+def count(model: GPT) -> Anatomy:
+    """Count a model of this stage, with weights or without. Raises BadInput for a parameter of no known part."""
+    places = {"tok_emb.": "embedding", "norm": "norms", ".attn.": "attention", ".ffn.": "feed-forward", "head.": "head"}
+    parts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():  # names each tensor once, so a tied head is not counted again
+        part = next((part for place, part in places.items() if place in name), None)
+        if part is None:
+            raise BadInput(f"the parameter {name} is in none of {', '.join(PARTS)}: this is not the stage's own GPT")
+        parts[part] += parameter.numel()
+    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    c = model.config
+    sizes = (c.vocab_size, c.n_embd, c.n_layer, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden)
+    return Anatomy(*sizes, parts, matrices, [c.block_size] * c.n_layer)
+
+
+def whole(about: dict, name: str, default: int | None = None) -> int:
+    """The whole number that a config.json gives for `name`. Raises BadInput where there is none."""
+    value = default if about.get(name) is None else about[name]
+    if not isinstance(value, int) or value < 1:
+        raise BadInput(f"{name} is {value!r} and should be a whole number above 0")
+    return value
+
+
+def read_gpt2(about: dict) -> Anatomy:
+    """GPT-2 from its config.json: learned positions, biases everywhere, LayerNorm with a shift, two matrices of 4 C."""
+    V, T, C, L, H = (whole(about, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"))
+    F = whole(about, "n_inner", 4 * C)
+    if C % H:
+        raise BadInput(f"n_embd {C} does not split into n_head {H} equal heads")
+    parts = {
+        "embedding": (V + T) * C,
+        "attention": L * (4 * C * C + 4 * C),  # query, key, value and output, each with a bias
+        "feed-forward": L * (2 * C * F + F + C),
+        "norms": (2 * L + 1) * 2 * C,
+        "head": 0 if about.get("tie_word_embeddings", True) else V * C,
+    }
+    return Anatomy(V, C, L, H, H, C // H, F, parts, L * (4 * C * C + 2 * C * F) + V * C, [T] * L)
+
+
+def read_gemma3(about: dict) -> Anatomy:
+    """Gemma 3, its part for text, from its config.json; the published files leave out what is the same in most sizes.
+
+    A norm stands before and after each branch. All layers but each sixth look back over a window only.
+    """
+    C, F, L = (whole(about, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    H, K = whole(about, "num_attention_heads", 8), whole(about, "num_key_value_heads", 4)
+    D, V = whole(about, "head_dim", 256), whole(about, "vocab_size", 262208)
+    T, every = whole(about, "max_position_embeddings", 131072), whole(about, "sliding_window_pattern", 6)
+    kinds = about.get("layer_types") or ["full_attention" if i % every == 0 else "window" for i in range(1, L + 1)]
+    windows = [T if kind == "full_attention" else min(T, whole(about, "sliding_window")) for kind in kinds]
+    matrices = {"attention": L * (2 * C * H * D + 2 * C * K * D), "feed-forward": L * 3 * C * F}
+    norms = L * (4 * C + 2 * D) + C  # those of D are for queries and keys
+    head = 0 if about.get("tie_word_embeddings", True) else V * C
+    parts = {"embedding": V * C, **matrices, "norms": norms, "head": head}
+    return Anatomy(V, C, L, H, K, D, F, parts, sum(matrices.values()) + V * C, windows)
+
+
+def read(about: dict, source: str) -> Anatomy:
+    """The anatomy of the model that a config.json describes. Raises BadInput for a model that is not known here."""
+    about = about.get("text_config") or about  # a model for pictures and text has one config for each
+    kind = str(about.get("model_type"))
+    if kind in FAMILIES:  # this stage's architecture: built without memory, then counted
+        with torch.device("meta"), Unset():  # tensors that are made in here have a shape, and no numbers
+            return count(GPT(read_config(about, source)))
+    readers = {"gpt2": read_gpt2, "gemma3_text": read_gemma3}
+    if kind not in readers:
+        raise BadInput(f"{source}: model_type is {kind!r}, known here are {', '.join([*FAMILIES, *readers])}")
+    try:
+        return readers[kind](about)
+    except BadInput as error:
+        raise BadInput(f"{source}: {error}") from None
+
+
+def find(name: str) -> Anatomy:
+    """The anatomy of a preset, of a config.json or of a folder with one. Raises BadInput."""
+    if name in PRESETS:
+        return read(PRESETS[name], name)
+    # `stages run` changes to the stage's folder and says where the path was typed.
+    path = Path(os.environ.get("STAGES_FROM", "."), name)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{name!r} is no config.json, no folder with one and no preset: {', '.join(PRESETS)}")
+    return read(read_json(path), str(path))
+
+
+def report(a: Anatomy, T: int) -> dict[str, float]:
+    """The rows of the table for one model and a token that looks back over T positions."""
+    work = a.flops(T)
+    return {
+        "layers": a.n_layer, "channels, C": a.n_embd, "query heads, H": a.n_head, "key-value heads, K": a.n_kv_head,
+        "head size, D": a.head_dim, "feed-forward units, F": a.n_hidden, "tokens, V": a.vocab_size,
+        "positions": max(a.windows),
+        "parameters": a.total, **{f"  {part}": a.parts[part] for part in PARTS},
+        "forward, GFLOPs a token": sum(work.values()) / 1e9,
+        "  matrices": work["matrices"] / 1e9, f"  attention over {T:,}": work["attention"] / 1e9,
+        "training, GFLOPs a token": 3 * sum(work.values()) / 1e9,
+        "KV cache, bytes a token": a.cache(1), "KV cache, MB, all positions": a.cache(max(a.windows)) / 1e6,
+        "F / C": a.n_hidden / a.n_embd, "C / layers": a.n_embd / a.n_layer, "H / K": a.n_head / a.n_kv_head,
+        "H D / C": a.n_head * a.head_dim / a.n_embd,
+        "embedding and head, share": (a.parts["embedding"] + a.parts["head"]) / a.total,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help=f"config.json files, folders with one, or of {', '.join(PRESETS)}")
+    parser.add_argument("--context", type=int, default=1024, help="positions to look back over (default: 1024)")
+    args = parser.parse_args(argv)
+    if args.context < 1:
+        raise BadInput(f"--context {args.context}: it must be at least 1")
+    columns = {}
+    for name in args.models:
+        anatomy = find(name)
+        if args.context > max(anatomy.windows):
+            raise BadInput(f"--context {args.context}: {name} was made for {max(anatomy.windows)} positions")
+        columns[name] = report(anatomy, args.context)
+    labels = next(iter(columns.values()))
+    table("anatomy", [{"": label} | {name: rows[label] for name, rows in columns.items()} for label in labels])
+
+
+if __name__ == "__main__":
+    run_program(main)
