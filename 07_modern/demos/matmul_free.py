@@ -19,7 +19,8 @@ decides (section 3.3.1; * is element by element, each W a linear layer):
 
 No position is compared with another, so that the past costs the same however long it is. It is also all that is left of
 it: C numbers. The paper gives ternary models a much larger learning rate than dense ones. So every variant is trained
-at several rates of Muon, and the table shows each one's best and which that was.
+at several rates of Muon, and the table shows each one's best and which that was. Where it is the largest of the list,
+a still larger one may be better.
 
 On this machine nothing of it is faster: torch has no ternary kernel, and the trained matrix is rounded again in each
 step. The gain is in memory and in hardware that is built for additions.
@@ -139,7 +140,8 @@ def build(variant: str, scale: Scale, vocab_size: int, seed: int) -> GPT:
 
 def main(argv: list[str] | None = None) -> None:
     flags = ablation.parser(__doc__)
-    flags.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06], help="of Muon (default: 0.02 0.06)")
+    flags.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.06, 0.12],
+                       help="rates of Muon (default: 0.02 0.06 0.12)")
     flags.add_argument("--rounds", type=int, default=20, help="steps timed of each kind (default: 20)")
     args = flags.parse_args(argv)
     if args.rounds < 1 or not min(args.rates) > 0:

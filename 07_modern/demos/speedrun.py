@@ -2,7 +2,7 @@
 
     uv run stages run 07 demos/speedrun.py                  # all records, a default run's time each
     uv run stages run 07 demos/speedrun.py --records 1 8    # the first and the last
-    uv run stages run 07 demos/speedrun.py --long           # all ideas together, for three times as long
+    uv run stages run 07 demos/speedrun.py --long           # all ideas together, for four minutes
 
 Each record is the one before it with one idea more, on the same text and judged in the same way, over the whole
 validation text. An idea that makes a step slower gets fewer steps, so that all take about the same time: `turns`
@@ -55,7 +55,7 @@ RECORDS = [  # the idea that each adds, and its steps
     (None, 1200), ("zero", 1200), ("plain_norms", 1250), ("relu2", 1300), ("values", 1300), ("short", 1350),
     ("noise", 1350), ("average", 1350),
 ]  # fmt: skip
-LONG = 3600  # steps of --long
+LONG = 2400  # steps of --long
 
 
 class Unscaled(nn.Module):
