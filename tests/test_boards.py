@@ -182,4 +182,4 @@ def test_only_the_first_process_has_a_board(script, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     log = RunLog(script, "board", board="tensorboard")
     record(log)
-    assert not log.folder.exists()
+    assert not list(log.folder.iterdir()), "the board is the first process's alone"
