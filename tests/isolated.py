@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 PRELOAD = ["torch", "pytest", "numpy", "matplotlib.pyplot", "rich.console", "shared.device", "shared.runlog"]
+PRELOAD += ["torch.distributed.tensor", "torch._dynamo"]  # half a second each, at the first assert_close and optimiser
+PRELOAD += ["transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"]
 
 
 def context():
