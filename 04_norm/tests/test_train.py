@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         with pytest.raises(BadInput, match="lr") as caught:
             for _ in range(10):
                 next(steps)
-        assert "step 4" in str(caught.value), "which step was it?"
+        assert "step 4" in str(caught.value), "the line does not say at which step the loss stopped being a number"
         assert model.table.isfinite().all(), "nan reached the weights: no later step can mend them"
 
 

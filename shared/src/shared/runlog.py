@@ -103,6 +103,7 @@ class RunLog:
         file = self.folder / "metrics.jsonl"
         file.touch()
         write(file, "".join(dumps(row) + "\n" for row in read_metrics(self.folder) if row["step"] <= step))
+        write(self.folder / "config.json", dumps(self.config, indent=2) + "\n")  # it may have more steps now
 
     def figure(self, fig, name: str) -> Path:
         """Write a matplotlib figure to `<name>.png`, less than 100 kB (fewer dots per inch if need be); close it."""
