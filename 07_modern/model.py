@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float()  # a sum of squares needs more than bfloat16's 8 bits
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum of squares needs more than bfloat16's 8 bits
         scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)  # [..., 1]
         return (wide * scale).type_as(x) * self.weight
 

@@ -35,9 +35,9 @@ from shared.program import run_program
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from config_json import FAMILIES, read_config, read_json
+from hf import Undrawn
 from model import GPT
 
 PARTS = ("embedding", "attention", "feed-forward", "norms", "head")
@@ -110,18 +110,6 @@ class Anatomy:
         return sum(2 * min(T, window) * self.n_kv_head * self.head_dim * size for window in self.windows)
 
 
-class Unset(TorchFunctionMode):
-    """Inside, a new model's weights are not set: on the meta device there is nothing to set.
-
-    torch would load its compiler, sympy and 800 other modules to find that out.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (nn.init.normal_, torch.Tensor.div_):
-            return args[0] if args else None
-        return func(*args, **(kwargs or {}))
-
-
 def count(model: GPT) -> Anatomy:
     """Count a model of this stage, with weights or without. Raises BadInput for a parameter of no known part."""
     places = {"tok_emb.": "embedding", "norm": "norms", ".attn.": "attention", ".ffn.": "feed-forward", "head.": "head"}
@@ -184,7 +172,7 @@ def read(about: dict, source: str) -> Anatomy:
     about = about.get("text_config") or about  # a model for pictures and text has one config for each
     kind = str(about.get("model_type"))
     if kind in FAMILIES:  # this stage's architecture: built without memory, then counted
-        with torch.device("meta"), Unset():  # tensors that are made in here have a shape, and no numbers
+        with torch.device("meta"), Undrawn():  # tensors that are made in here have a shape, and no numbers
             return count(GPT(read_config(about, source)))
     readers = {"gpt2": read_gpt2, "gemma3_text": read_gemma3}
     if kind not in readers:

@@ -208,7 +208,9 @@ def test_only_matrices_decay():
     decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decayed) == len(list(model.parameters())), "each parameter belongs to the optimiser, once"
     for name, p in model.named_parameters():
-        assert decayed[id(p)] == (0.5 if p.ndim >= 2 else 0.0), f"{name}, of shape {tuple(p.shape)}: {decayed[id(p)]}"
+        assert decayed[id(p)] == (0.5 if p.ndim >= 2 else 0.0), (
+            f"{name}, of shape {tuple(p.shape)}, decays by {decayed[id(p)]}: matrices and tables decay, vectors do not"
+        )
     groups = optimizer.optimizers["adamw"].param_groups
     assert {group["betas"] for group in groups} == {(0.9, 0.9)}, "beta2 is the recipe's"
 
@@ -288,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         with pytest.raises(BadInput, match="lr") as caught:
             for _ in range(10):
                 next(steps)
-        assert "step 4" in str(caught.value), "which step was it?"
+        assert "step 4" in str(caught.value), "the line does not say at which step the loss stopped being a number"
         assert model.table.isfinite().all(), "nan reached the weights: no later step can mend them"
 
 
