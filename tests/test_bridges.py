@@ -335,3 +335,98 @@ def test_the_stream_of_batches_did_not_change_from_06_to_07(stages):
         for step in range(30):
             a, b = next(old), next(new)
             assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"from {start} on, batch {step} differs"
+
+
+def neighbours(stages, **shape):
+    """07's model and 08's with the same weights."""
+    seven, eight = stages("07").model, stages("08").model
+    shape = {"vocab_size": 11, "block_size": 8, "n_embd": 12, "n_head": 6, "n_kv_head": 2, "head_dim": 4} | shape
+    old = randomise(seven.GPT(seven.ModelConfig(**shape, n_layer=3)))
+    models = {}
+    for window in (None, 8):  # a window as long as the longest text hides nothing
+        models[window] = eight.GPT(eight.ModelConfig(**shape, n_layer=3, window=window))
+        models[window].load_state_dict(old.state_dict())
+    return old, models
+
+
+@pytest.mark.parametrize("shape", [{}, {"qk_norm": False, "tied": False}, {"nope_every": 2}], ids=str)
+def test_a_window_that_hides_nothing_is_full_attention(shape, stages):
+    """07 -> 08: with no window, or one as long as the text, the same weights give the old scores and gradients."""
+    old, models = neighbours(stages, **shape)
+    x, y = torch.randint(11, (4, 8)), torch.randint(11, (4, 8))
+    F.cross_entropy(old(x).flatten(0, 1), y.flatten()).backward()
+    for window, new in models.items():
+        for way, more in {"plain": {}, "masked": {"pad": torch.zeros(4, dtype=torch.long)}}.items():
+            same(new(x, **more), old(x), f"window {window}, {way}: scores")
+            new.zero_grad()
+            F.cross_entropy(new(x, **more).flatten(0, 1), y.flatten()).backward()
+            for name, p in new.named_parameters():
+                same(p.grad, old.get_parameter(name).grad, f"window {window}, {way}: gradient of {name}")
+        cache = stages("08").cache.Cache(new, 4, most=3)
+        pieces = [new(x[:, start:start + 3], cache) for start in (0, 3, 6)]
+        same(torch.cat(pieces, dim=1), old(x), f"window {window}, read in pieces: scores")
+
+
+@pytest.mark.parametrize("choice", [{"temperature": 0}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.8}], ids=str)
+def test_the_texts_written_did_not_change_from_07_to_08(choice, stages):
+    """07 -> 08: with a cache the same seed writes the same texts, as long as block_size holds them."""
+    seven, eight = stages("07"), stages("08")
+    old, models = neighbours(stages, block_size=24)
+    context = torch.randint(11, (3, 4))
+    draws = (torch.Generator().manual_seed(5) for _ in range(3))
+    expected = seven.sample.sample(old, context, 21, seven.sample.SampleConfig(**choice), next(draws))
+    for new in (models[None], eight.model.GPT(eight.model.ModelConfig(**vars(models[None].config) | {"window": 24}))):
+        new.load_state_dict(old.state_dict())
+        found = eight.sample.sample(new, context, 21, eight.sample.SampleConfig(**choice), next(draws))
+        assert torch.equal(found, expected), f"window {new.config.window}: another text"
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_training_did_not_change_from_07_to_08(window, stages, monkeypatch):
+    """07 -> 08: a model with no window, or one that hides nothing, takes the same steps under the same recipe."""
+    torch.set_default_dtype(torch.float32)
+    seven, eight = stages("07"), stages("08")
+    for stage in (seven, eight):  # Muon works in bfloat16, which makes much of another order of sums
+        monkeypatch.setattr(stage.train, "Muon", plain_adamw)
+    old, models = neighbours(stages)
+    recipe = {"steps": 8, "batch_size": 4, "micro_batch": 3, "lr": 0.01, "warmup": 2, "weight_decay": 0.1}
+    stream, went = [(torch.randint(11, (4, 8)), torch.randint(11, (4, 8))) for _ in range(8)], []
+    for stage, model in ((seven, old), (eight, models[window])):
+        config = stage.train.TrainConfig(**recipe, precision="float32")
+        steps = stage.train.train(model, iter(stream), config, stage.train.make_optimizer(model, config))
+        went.append([loss for _, loss in steps])
+    assert went[1] == pytest.approx(went[0], rel=1e-5), "the losses differ"
+    for (name, p), q in zip(old.named_parameters(), models[window].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name} went another way: {m}")
+
+
+def test_evaluation_did_not_change_from_07_to_08(stages):
+    """07 -> 08: the same weights get the same loss on the same text, last short window included."""
+    torch.set_default_dtype(torch.float32)
+    seven, eight = stages("07"), stages("08")
+    old, models = neighbours(stages, vocab_size=30)
+    ids = torch.tensor(seven.tokenizer.train_tokenizer("char", TEXT, 0).encode(TEXT)[:101])
+    for window, new in models.items():
+        losses = seven.train.evaluate(old, ids, 5, "float32"), eight.train.evaluate(new, ids, 5, "float32")
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6), f"window {window}: the losses differ"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_token_ids_did_not_change_from_07_to_08(kind, stages):
+    """07 -> 08: a tokenizer learned from a text numbers it as before, and one that was saved can still be read."""
+    seven, eight = stages("07"), stages("08")
+    old, new = (stage.tokenizer.train_tokenizer(kind, TEXT, 280) for stage in (seven, eight))
+    read = eight.tokenizer.from_state(old.state())
+    assert old.encode(TEXT) == new.encode(TEXT) == read.encode(TEXT), "the ids differ"
+    assert len(old) == len(new) == len(read), "the vocabularies differ in size"
+
+
+def test_the_stream_of_batches_did_not_change_from_07_to_08(stages):
+    """07 -> 08: the same seed draws the same windows in the same order, from any step on."""
+    seven, eight = stages("07"), stages("08")
+    data = torch.arange(500)
+    for start in (0, 17):  # 17: within the second pass
+        old, new = (stage.data.batches(data, 8, 4, seed=3, start=start) for stage in (seven, eight))
+        for step in range(30):
+            a, b = next(old), next(new)
+            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"from {start} on, batch {step} differs"
