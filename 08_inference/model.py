@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from look import CAUSAL, Look, hidden
+
 
 @dataclass
 class ModelConfig:
@@ -138,34 +140,6 @@ def rotate(x, cos, sin):
     """
     a, b = x.chunk(2, dim=-1)  # [..., T, D / 2] x 2
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
-
-
-@dataclass(frozen=True)
-class Look:
-    """Where the queries of a pass stand and what each may look at: the same for all layers.
-
-    Without `hidden` the keys are those of the queries' own positions, and the future is hidden.
-    """
-
-    rope: tuple | None = None  # the angles of queries and new keys, [B, 1, T, D / 2] x 2; none: no positions
-    hidden: torch.Tensor | None = None  # [B, 1, T, S], True where a query may not look
-    far: tuple | None = None  # the angles of queries that look at a sink, like `rope`; none: there are no sinks
-    sink: torch.Tensor | None = None  # [B, 1, 1, S], True for the keys that are sinks
-
-
-CAUSAL = Look()
-
-
-def hidden(positions, places, config: ModelConfig):
-    """What each query may not look at: positions of queries [B, T], of keys [B, S] -> [B, 1, T, S], True where hidden.
-
-    A query at t sees the keys at t - window + 1 ... t, and the first n_sink. Negative positions are padding or empty.
-    With window 2 and one sink, position 3 sees 0, 2 and 3.
-    """
-    t, s = positions[:, None, :, None], places[:, None, None, :]
-    seen = (s <= t) & (s >= 0) & ((s > t - config.span) | (s < config.n_sink))
-    # Padding sees everything: what comes out of it is not read, but a softmax over nothing would be nan.
-    return ~(seen | (t < 0))
 
 
 def attention_weights(q, k, hidden=None, far=None, sink=None):
