@@ -179,6 +179,8 @@ def write_config(config: ModelConfig, dtype: str, end: int | None = None) -> dic
 
     In the older form, which old and new programs read. Raises BadInput for a model that no architecture computes.
     """
+    if config.window is not None or config.n_sink:
+        raise BadInput("no published architecture of these has a window or sinks: no other program opens this model")
     if config.qk_norm and config.nope_every:
         raise BadInput("no published architecture has both qk_norm and nope_every: no other program opens this model")
     kind = "qwen3" if config.qk_norm else "smollm3" if config.nope_every else "llama"

@@ -126,6 +126,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "half a folder was left behind"
     with pytest.raises(BadInput, match="nope_every"):
         hf.export(random_gpt(tokenizer, nope_every=2), tokenizer, tmp_path / "model")
+    for look in ({"window": 3}, {"n_sink": 1}):  # without them it is another model beyond a few tokens
+        with pytest.raises(BadInput, match="window"):
+            hf.export(random_gpt(tokenizer, **look), tokenizer, tmp_path / "model")
     assert not list(tmp_path.iterdir())
     (tmp_path / "model").mkdir()
     hf.export(model, tokenizer, tmp_path / "model")
