@@ -430,3 +430,109 @@ def test_the_stream_of_batches_did_not_change_from_07_to_08(stages):
         for step in range(30):
             a, b = next(old), next(new)
             assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"from {start} on, batch {step} differs"
+
+
+MIXTURES = {
+    "no mixtures": {"n_expert": 0},
+    "mixtures behind the last layer": {"n_expert": 4, "first_dense": 3},
+    "one expert": {"n_expert": 1, "n_active": 1},
+    "equal experts": {"n_expert": 5, "n_active": 2},
+    "equal experts, scored one by one": {"n_expert": 4, "n_active": 3, "router": "sigmoid"},
+    "a shared expert beside silent ones": {"n_expert": 4, "n_active": 2, "n_shared": 1},
+    "every second layer": {"n_expert": 3, "n_active": 3, "moe_every": 2},
+}
+
+
+def as_mixtures(stages, kind: str, **more):
+    """08's model, and 09's of which every expert has the weights of 08's feed-forward."""
+    eight, nine = stages("08").model, stages("09").model
+    shape = {"vocab_size": 11, "block_size": 8, "n_embd": 12, "n_head": 6, "n_kv_head": 2, "head_dim": 4, "n_layer": 3}
+    shape |= {"n_hidden": 20} | more
+    old = randomise(eight.GPT(eight.ModelConfig(**shape)))
+    new = randomise(nine.GPT(nine.ModelConfig(**shape, expert_hidden=20, **MIXTURES[kind])))
+    new.load_state_dict({name: p for name, p in old.state_dict().items() if name in new.state_dict()}, strict=False)
+    for a, b in zip(old.blocks, new.blocks, strict=True):
+        for part in ("gate", "fc", "proj"):
+            weight, found = getattr(a.ffn, part).weight.data, getattr(b.ffn, part)
+            if isinstance(found, torch.nn.Parameter):  # of a mixture: [E, out, in]
+                found.data.copy_(weight.expand_as(found))
+                if b.ffn.shared is not None:
+                    getattr(b.ffn.shared, part).weight.data.copy_(weight)
+                    found.data *= part != "proj"
+    return old, new
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_equal_experts_are_a_dense_model(kind, stages):
+    """08 -> 09: without mixtures, with one expert or with equal ones the scores and gradients are the dense model's."""
+    old, new = as_mixtures(stages, kind)
+    x, y, pad = torch.randint(11, (4, 8)), torch.randint(11, (4, 8)), torch.tensor([0, 3, 0, 5])
+    real = torch.arange(8) >= pad[:, None]
+    for way, more in {"plain": {}, "padded": {"pad": pad}}.items():
+        counted = real if more else torch.ones_like(real)
+        for model in (old, new):
+            model.zero_grad()
+            F.cross_entropy(model(x, **more)[counted], y[counted]).backward()
+        same(new(x, **more)[counted], old(x, **more)[counted], f"{way}: scores")
+        for name, p in old.named_parameters():
+            if ".ffn." not in name:
+                same(new.get_parameter(name).grad, p.grad, f"{way}: gradient of {name}")
+        for i, (a, b) in enumerate(zip(old.blocks, new.blocks, strict=True)):
+            for part in ("gate", "fc", "proj"):
+                found, expected = getattr(b.ffn, part), getattr(a.ffn, part).weight.grad
+                if isinstance(found, torch.nn.Linear):
+                    same(found.weight.grad, expected, f"{way}: gradient of layer {i}'s {part}")
+                elif b.ffn.shared is None:
+                    same(found.grad.sum(0), expected, f"{way}: the experts of layer {i} share the gradient of {part}")
+                else:
+                    same(getattr(b.ffn.shared, part).weight.grad, expected, f"{way}: gradient of the shared {part}")
+
+
+@pytest.mark.parametrize("kind", ["no mixtures", "one expert", "equal experts"])
+@pytest.mark.parametrize("choice", [{"temperature": 0}, {"temperature": 0.7, "top_k": 4}], ids=str)
+def test_the_texts_written_did_not_change_from_08_to_09(choice, kind, stages):
+    """08 -> 09: the same seed writes the same texts, of prompts of different lengths."""
+    eight, nine = stages("08"), stages("09")
+    old, new = as_mixtures(stages, kind, block_size=24)
+    context, pad = torch.randint(11, (3, 6)), torch.tensor([0, 4, 1])
+    texts = []
+    for stage, model in ((eight, old), (nine, new)):
+        seed, config = torch.Generator().manual_seed(5), stage.sample.SampleConfig(**choice)
+        texts.append(stage.sample.sample(model, context, 15, config, seed, pad))
+    assert torch.equal(*texts), "another text"
+
+
+def test_training_did_not_change_from_08_to_09(stages):
+    """08 -> 09: a model without mixtures takes the same steps under the same recipe, to the last bit."""
+    torch.set_default_dtype(torch.float32)
+    old, new = as_mixtures(stages, "no mixtures")
+    recipe = {"steps": 8, "batch_size": 4, "micro_batch": 3, "lr": 0.01, "warmup": 2, "weight_decay": 0.1}
+    stream, went = [(torch.randint(11, (4, 8)), torch.randint(11, (4, 8))) for _ in range(8)], []
+    for stage, model in ((stages("08"), old), (stages("09"), new)):
+        config = stage.train.TrainConfig(**recipe)
+        steps = stage.train.train(model, iter(stream), config, stage.train.make_optimizer(model, config))
+        went.append([loss for _, loss in steps])
+    assert went[1] == pytest.approx(went[0], rel=1e-6), "the losses differ"
+    for (name, p), q in zip(old.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(p, q), f"{name} went another way"
+
+
+@pytest.mark.parametrize("kind", ["no mixtures", "one expert", "equal experts"])
+def test_evaluation_did_not_change_from_08_to_09(kind, stages):
+    """08 -> 09: the same weights get the same loss on the same text, last short window included."""
+    eight, nine = stages("08"), stages("09")
+    old, new = as_mixtures(stages, kind, vocab_size=30)
+    ids = torch.tensor(eight.tokenizer.train_tokenizer("char", TEXT, 0).encode(TEXT)[:101])
+    losses = eight.train.evaluate(old, ids, 5), nine.train.evaluate(new, ids, 5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6), "the losses differ"
+
+
+def test_the_stream_of_batches_did_not_change_from_08_to_09(stages):
+    """08 -> 09: the same seed draws the same windows in the same order, from any step on."""
+    eight, nine = stages("08"), stages("09")
+    data = torch.arange(500)
+    for start in (0, 17):  # 17: within the second pass
+        old, new = (stage.data.batches(data, 8, 4, seed=3, start=start) for stage in (eight, nine))
+        for step in range(30):
+            a, b = next(old), next(new)
+            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"from {start} on, batch {step} differs"
