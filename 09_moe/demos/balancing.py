@@ -42,7 +42,6 @@ from data import Dataset, batches, load_data, windows
 from demos import ablation
 from demos.ablation import Scale
 from model import GPT, ModelConfig
-from sample import evaluation
 from train import mixtures, nll
 
 WAYS = ("none", "loss", "bias")
@@ -90,13 +89,15 @@ def routing(model, data: torch.Tensor, rows: int) -> dict[str, float]:
     """
     layers, load, sums, total = mixtures(model), 0, torch.zeros(2), 0.0
     x, y = (part.long() for part in windows(data, model.config.block_size))
-    with evaluation(model):
-        for a, b in zip(x.split(rows), y.split(rows), strict=True):
-            total += nll(model, a, b).item() * len(a)
-            load = load + torch.stack([layer.routing.load for layer in layers])  # [L, E]
-            sums += len(a) * torch.tensor([
-                [float(layer.routing.entropy), float(layer.routing.dropped)] for layer in layers
-            ]).mean(0)  # fmt: skip
+    training = model.training
+    model.train()  # experts turn positions away in training only; there is no dropout that this would turn on
+    for a, b in zip(x.split(rows), y.split(rows), strict=True):
+        total += nll(model, a, b).item() * len(a)
+        load = load + torch.stack([layer.count() for layer in layers])  # [L, E]
+        sums += len(a) * torch.tensor([
+            [float(layer.routing.entropy), float(layer.routing.dropped)] for layer in layers
+        ]).mean(0)  # fmt: skip
+    model.train(training)
     even = load / load.float().mean(-1, keepdim=True)  # [L, E]: 1 is an even share
     entropy, dropped = (sums / len(x)).tolist()
     return {

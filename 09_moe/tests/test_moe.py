@@ -268,6 +268,20 @@ def test_the_routers_losses_reach_the_router(name, router):
     )
 
 
+def test_capacity_is_for_training():
+    """In evaluation nobody is turned away: a text has the scores that it has alone, whatever comes beside or after."""
+    model = GPT(small(capacity=0.5)).double()
+    scramble(model)
+    model.eval()
+    idx = torch.randint(11, (4, 7))
+    together = model(idx)
+    alone = torch.cat([model(row[None]) for row in idx])
+    near(together, alone, "a text that is scored depends on its neighbours: they take its experts' room")
+    later = idx.clone()
+    later[:, -1] = (later[:, -1] + 1) % 11
+    near(model(later)[:, :-1], together[:, :-1], "a later token took the room of an earlier one: the future leaks")
+
+
 def test_capacity_by_hand():
     """Of 8 choices of 3 experts, at 0.75 of an even share, each takes 2: first choices first, then early positions."""
     layer, x = told(wishes((0, 1), (0, 1), (1, 0), (0, 1)), capacity=0.75)
