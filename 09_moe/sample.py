@@ -201,13 +201,13 @@ def main(argv=None):
     ids, pad = pad_left([tokenizer.encode(prompt) for prompt in args.prompt], device)
     seconds, texts = [], [[] for _ in args.prompt]
     steps = itertools.islice(generate(model, ids, config, pad=pad, stop=stop), args.length)
-    if len(texts) == 1:
-        say(args.prompt[0], end="")
     part = []  # tokens that do not make whole characters yet: one of several bytes may be cut between two tokens
     for tokens in timed(steps, seconds):
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text += [] if token < 0 else [token]
         if len(texts) == 1:
+            if len(seconds) == 1:  # the prompt was read, and not refused
+                say(args.prompt[0], end="")
             part.append(tokens.item())
             if not (text := tokenizer.decode(part)).endswith("\ufffd"):
                 say(text, end="")
