@@ -27,7 +27,9 @@ class MixtureConfig:
     first_dense: int = 0  # first layers that are dense: their routers hardly learn to balance
     moe_every: int = 1  # of the layers after those, each n-th is a mixture and the others are dense
     router: Literal["softmax", "sigmoid"] = "softmax"  # experts compete for a position, or are scored one by one
-    renormalise: bool = True  # weights of the chosen sum to 1 (Mixtral, Qwen3, DeepSeek-V3), or are left (OLMoE)
+    # Weights of the chosen sum to 1 (Mixtral, Qwen3, DeepSeek-V3), or are left (OLMoE). With n_active 1 they have to be
+    # left: a weight that is always 1 gives the router no gradient.
+    renormalise: bool = True  # make the weights of the chosen sum to 1
     capacity: float | None = None  # an expert takes at most this many times its even share; none: all that choose it
 
     def __post_init__(self):

@@ -110,7 +110,11 @@ def mixtures(model) -> list[Mixture]:
 
 
 def routing_loss(model, config: TrainConfig):
-    """What the routers of the last pass add to the loss, the mean over layers; 0 for a dense model."""
+    """What the routers of the last pass add to the loss, the mean over layers; 0 for a dense model.
+
+    A batch in several parts, or shared by processes, is balanced part by part: loads times probabilities, a product of
+    two means, is not the mean of the parts' products.
+    """
     layers = mixtures(model)
     total = sum(config.z_weight * layer.routing.z for layer in layers)
     if config.balance == "loss":
