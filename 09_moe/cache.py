@@ -36,9 +36,10 @@ class Cache:
         self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.places = torch.full((batch_size, self.n_slot + 1), -1, device=like.device)  # whose each is, -1: none
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # tokens that each text has so far
-        self.slots = self.rows = None  # where the tokens go that come now: [B, T], and [B, 1]
+        self.rows = torch.arange(batch_size, device=like.device)[:, None]  # [B, 1]
+        self.slots = None  # where the tokens go that come now: [B, T]
         self.run = None  # the same as a slice, where there is one text and its slots lie side by side: quicker to write
-        self.used = 0  # slots that have ever been filled
+        self.used = 0  # the first slots, which may be read: the others hold nothing
 
     def advance(self, positions):
         """Make room for new tokens, at `positions` [1 or B, T] counted from the first new one, below 0 for padding.
@@ -53,7 +54,6 @@ class Cache:
         positions = torch.where(real, positions + self.lengths[:, None], -1)
         turn = self.n_sink + (positions - self.n_sink) % (self.n_slot - self.n_sink)
         self.slots = torch.where(real, torch.where(positions < self.n_sink, positions, turn), self.n_slot)
-        self.rows = torch.arange(B, device=positions.device)[:, None]
         self.places[self.rows, self.slots] = positions
         first, last = (int(self.slots[0, i]) for i in (0, -1)) if B == 1 and T else (0, 0)
         self.run = slice(first, last + 1) if B == 1 and last - first == T - 1 else None

@@ -18,7 +18,10 @@ BLOCK = 64  # rows to which an expert's block is filled up
 
 @dataclass(kw_only=True)
 class MixtureConfig:
-    """Which layers are mixtures, and what of. Raises BadInput for a mixture that cannot be built."""
+    """Which layers are mixtures, and what of: a part of ModelConfig, whose n_hidden it reads.
+
+    Raises BadInput for a mixture that cannot be built.
+    """
 
     n_expert: int = 0  # feed-forwards of a mixture; 0: every layer is dense, with one for all positions
     n_active: int = 2  # experts that each position uses
@@ -100,6 +103,7 @@ class Mixture(nn.Module):
         E, C, hidden = config.n_expert, config.n_embd, config.expert_hidden
         self.router = nn.Linear(C, E, bias=False)
         nn.init.normal_(self.router.weight, std=0.1 * C**-0.5)  # all experts are about equally likely at first
+        # The class is passed in: model.py, where it stands, imports this file.
         experts = [FeedForward(config, hidden) for _ in range(E)]
         # The experts' matrices in one tensor each, in the order of nn.Linear: [E, out, in].
         for name in ("gate", "fc", "proj"):
