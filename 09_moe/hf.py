@@ -20,6 +20,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -184,12 +185,9 @@ def convert(theirs: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.d
     return state | {f"blocks.{i}.ffn.bias": torch.zeros(config.n_expert) for i in mixed}
 
 
-def render(template: str, messages: list[dict], names: dict | None = None, **more) -> str:
-    """A conversation [{"role": "user", "content": "Hi"}, ...] as a text of the kind that the model was trained on.
-
-    The template is a program in Jinja that comes with the weights. It runs where it can reach nothing but its input.
-    Raises BadInput when it cannot be run, or refuses the conversation.
-    """
+@cache
+def program(template: str) -> jinja2.Template:
+    """A chat template, ready to run where it can reach nothing but its input. Raises TemplateError."""
 
     def refuse(message):
         raise jinja2.TemplateError(message)
@@ -202,10 +200,18 @@ def render(template: str, messages: list[dict], names: dict | None = None, **mor
     room.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     # Some mark what the model is to learn with a tag of their own, which changes no text.
     tags = r"(\{%[-+]?\s*)(end)?generation\b"
-    template = re.sub(tags, lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template)
+    return room.from_string(re.sub(tags, lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template))
+
+
+def render(template: str, messages: list[dict], names: dict | None = None, **more) -> str:
+    """A conversation [{"role": "user", "content": "Hi"}, ...] as a text of the kind that the model was trained on.
+
+    The template is a program in Jinja that comes with the weights.
+    Raises BadInput when it cannot be run, or refuses the conversation.
+    """
     given = {"tools": None, "documents": None, "add_generation_prompt": True} | (names or {}) | more
     try:
-        return room.from_string(template).render(messages=messages, **given)
+        return program(template).render(messages=messages, **given)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise BadInput(f"the chat template cannot be used ({type(error).__name__}: {error})") from None
 

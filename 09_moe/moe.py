@@ -18,7 +18,7 @@ BLOCK = 64  # rows to which an expert's block is filled up
 
 @dataclass(kw_only=True)
 class MixtureConfig:
-    """Which layers are mixtures, and what of: a part of ModelConfig, whose n_hidden it reads.
+    """Which layers are mixtures, and what of: a part of ModelConfig, whose n_layer and n_hidden it reads.
 
     Raises BadInput for a mixture that cannot be built.
     """
@@ -31,7 +31,7 @@ class MixtureConfig:
     moe_every: int = 1  # of the layers after those, each n-th is a mixture and the others are dense
     router: Literal["softmax", "sigmoid"] = "softmax"  # experts compete for a position, or are scored one by one
     # Weights of the chosen sum to 1 (Mixtral, Qwen3, DeepSeek-V3), or are left (OLMoE). With n_active 1 they have to be
-    # left: a weight that is always 1 gives the router no gradient.
+    # left (Switch): a weight that is always 1 gives the router no gradient.
     renormalise: bool = True  # make the weights of the chosen sum to 1
     capacity: float | None = None  # an expert takes at most this many times its even share; none: all that choose it
 
@@ -41,6 +41,12 @@ class MixtureConfig:
         for name, least in {"n_active": 1, "n_shared": 0, "first_dense": 0, "moe_every": 1}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.n_expert and self.first_dense + self.moe_every > self.n_layer:
+            raise BadInput(f"first_dense {self.first_dense} and moe_every {self.moe_every} leave no mixture in n_layer "
+                           f"{self.n_layer}: lower one of the two, or choose n_expert 0 for a dense model")
+        if self.n_expert > 1 and self.n_active == 1 and self.renormalise:
+            raise BadInput("n_active 1 with renormalise: the weight of the chosen expert is always 1, and the router "
+                           "learns nothing from the loss: choose --no-renormalise, or a larger n_active")
         if self.expert_hidden is None:
             self.expert_hidden = max(8, self.n_hidden // (self.n_active + self.n_shared) // 8 * 8)
         if self.expert_hidden < 1:
@@ -117,6 +123,17 @@ class Mixture(nn.Module):
     def __getstate__(self):
         return vars(self) | {"routing": None, "load": 0}  # a copy of the layer has not routed anything yet
 
+    def _apply(self, fn, recurse=True):
+        """What `to`, `cuda` and `bfloat16` call. The bias goes along to a device, but keeps its type.
+
+        With 8 bits of precision 0.5 + 0.001 is 0.5: its steps would be lost.
+        """
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
+
     def forward(self, x, real=None):
         flat = x.flatten(0, -2)  # [N, C]
         real = None if real is None else real.expand(x.shape[:-1]).flatten()  # [1 or B, T] -> [N]
@@ -160,16 +177,20 @@ class Mixture(nn.Module):
         return chosen.masked_fill(place > room, E)
 
     def report(self, scores, probs, real, load, dropped) -> Routing:
-        """How evenly the router chose. Gradients flow through the probabilities: counts have none."""
+        """How evenly the router chose; 0 where there is nothing but padding.
+
+        Gradients flow through the probabilities: counts have none.
+        """
         E, total = self.config.n_expert, load.sum().clamp(min=1)
         share = probs / probs.sum(-1, keepdim=True)  # [N, E]
         if real is not None:
             scores, share = scores[real], share[real]
+        n = max(1, len(share))  # a mean over nothing would be nan
         # E sum_e f_e P_e: the share of choices times the mean probability. Fedus et al. (2021), equation 4; with f as
         # a share of all k N choices it is 1 at perfect balance for any k.
-        balance = E * (load / total * share.mean(0)).sum()
-        z = scores.logsumexp(-1).square().mean()  # Zoph et al., "ST-MoE" (2022), equation 5
-        entropy = -(share * share.clamp(min=1e-9).log()).sum(-1).mean().detach()
+        balance = E * (load / total * share.sum(0) / n).sum()
+        z = scores.logsumexp(-1).square().sum() / n  # Zoph et al., "ST-MoE" (2022), equation 5
+        entropy = -(share * share.clamp(min=1e-9).log()).sum().detach() / n
         return Routing(load, balance, z, entropy, dropped / total)
 
     def experts(self, x, chosen, weights):
@@ -197,7 +218,7 @@ class Mixture(nn.Module):
 
     def count(self):
         """Positions that chose each expert [E] since the last count. A batch may have come in several parts."""
-        load, self.load = self.load, 0
+        load, self.load = torch.zeros_like(self.bias, dtype=torch.long) + self.load, 0  # [E], also where nothing came
         return load
 
     @torch.no_grad()

@@ -130,7 +130,7 @@ def routing_report(model) -> dict[str, float]:
     seen = [layer.routing for layer in mixtures(model)]
     if not seen:
         return {}
-    load = [r.load.max() / r.load.float().mean() for r in seen]
+    load = [r.load.max() * len(r.load) / r.load.sum().clamp(min=1) for r in seen]  # 0 where all was padding
     told = {"load": load, "entropy": [r.entropy for r in seen], "dropped": [r.dropped for r in seen]}
     return {name: sum(map(float, values)) / len(seen) for name, values in told.items()}
 
@@ -220,7 +220,7 @@ def train(model, stream, config: TrainConfig, optimizer, start: int = 0, stop=la
         optimizer.step()
         optimizer.zero_grad()  # gradients add up over backward calls
         for layer in mixtures(model):
-            load = layer.count()  # of the whole batch
+            load = layer.count()  # of this process's share of the batch
             if world > 1:
                 dist.all_reduce(load)
             if config.balance == "bias":

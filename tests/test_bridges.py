@@ -434,7 +434,7 @@ def test_the_stream_of_batches_did_not_change_from_07_to_08(stages):
 
 MIXTURES = {
     "no mixtures": {"n_expert": 0},
-    "mixtures behind the last layer": {"n_expert": 4, "first_dense": 3},
+    "a mixture behind dense layers": {"n_expert": 4, "first_dense": 2},
     "one expert": {"n_expert": 1, "n_active": 1},
     "equal experts": {"n_expert": 5, "n_active": 2},
     "equal experts, scored one by one": {"n_expert": 4, "n_active": 3, "router": "sigmoid"},

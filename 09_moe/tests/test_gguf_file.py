@@ -125,7 +125,7 @@ def test_lengths_that_nothing_holds_are_one_line(whole, tmp_path):
     ("changes", "names"),
     [
         ({"llama.attention.sliding": 5}, "llama.attention.sliding"),
-        ({"llama.expert_count": 8}, "llama.expert_count"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "llama.expert_count is 8, and only 0"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type"),
         ({"llama.rope.dimension_count": 4}, "q_proj"),
         ({"llama.attention.key_length": 4}, "head_dim"),

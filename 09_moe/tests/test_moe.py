@@ -198,7 +198,7 @@ def test_balance_is_1_where_all_are_equal(k):
     one = torch.full((7, 6), -50.0)
     one[:, :k] = 50.0
     for scores, expected in ((even, 1.0), (one, 6 / k)):
-        layer, x = told(scores, n_active=k)
+        layer, x = told(scores, n_active=k, renormalise=k > 1)
         layer(x)
         found = layer.routing.balance.item()
         assert found == pytest.approx(expected, abs=1e-6), (
@@ -349,12 +349,67 @@ def test_padding_is_routed_nowhere():
         assert block.ffn.count().sum() == 2 * (9 + 4 + 6), "the layers are not told which tokens of a batch are padding"
 
 
+@pytest.mark.parametrize("change", [{}, {"router": "sigmoid", "n_shared": 1}, {"capacity": 0.6}], ids=str)
+def test_nothing_but_padding_is_no_nan(change):
+    """A pass in which all is padding has losses, load and entropy of 0, and gradients of 0: training goes on."""
+    layer, x = mixture(**change), torch.randn(2, 6, 16, dtype=torch.float64)
+    out = layer(x, torch.zeros(2, 6, dtype=torch.bool))
+    for name in ("load", "balance", "z", "entropy", "dropped"):
+        found = getattr(layer.routing, name)
+        assert not found.any(), f"the {name} of nothing is {found.tolist()}: a mean over nothing is nan, not 0"
+    (out.sum() + layer.routing.balance + layer.routing.z).backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), f"the gradient of {name} is nan: the next step spoils all"
+    assert not layer.router.weight.grad.any(), "the router learns from padding"
+
+
+def test_a_layer_that_routed_nothing_has_a_load():
+    """Its load is a zero for each expert: processes add their loads up, and one may have nothing to add."""
+    layer = mixture()
+    for when in ("before the first pass", "counted a second time"):
+        load = layer.count()
+        assert isinstance(load, torch.Tensor) and load.tolist() == [0] * 5, f"{when} the load is {load}, not [E] zeros"
+        assert load.dtype == torch.long, f"{when} it is {load.dtype}: processes cannot add that to counts"
+        layer.rebalance(load, 0.1)
+        assert not layer.bias.any(), "no position came, so no expert had too few"
+        layer(torch.randn(3, 16, dtype=torch.float64))
+        assert layer.count().sum() == 6, "3 positions with 2 experts each"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_keeps_its_bits(dtype):
+    """In a model of 16 bits the bias of the choice stays in float32: at 0.5, steps of 0.001 would be nothing."""
+    model = GPT(small())
+    biases = [block.ffn.bias for block in model.blocks]
+    for bias in biases:
+        bias[:] = torch.tensor([0.5, 0.501, -0.503, 0.25, 1.0])
+    before = [bias.clone() for bias in biases]
+    model = model.to(dtype)
+    for block, bias in zip(model.blocks, before, strict=True):
+        assert block.ffn.bias.dtype == torch.float32, f"the bias is {block.ffn.bias.dtype}: it keeps its own type"
+        assert torch.equal(block.ffn.bias, bias), "the bias was rounded on the way"
+        block.ffn.rebalance(torch.tensor([6, 1, 3, 2, 3]), 0.001)  # the mean is 3
+        expected = torch.tensor([-0.001, 0.001, 0.0, 0.001, 0.0])
+        near(block.ffn.bias - bias, expected, "a step of 0.001 is lost or rounded", rtol=0, atol=1e-6)
+    assert {p.dtype for p in model.parameters()} == {dtype}, "only the bias keeps its type"
+
+
+def test_the_bias_goes_along_to_a_device():
+    """A model that moves takes its biases along, whether its type changes or not, and one without numbers gets room."""
+    for more in ({}, {"dtype": torch.bfloat16}):
+        model = GPT(small()).to("meta", **more)
+        assert {block.ffn.bias.device.type for block in model.blocks} == {"meta"}, "the bias stays behind"
+        model.to_empty(device="cpu")
+        assert {block.ffn.bias.device.type for block in model.blocks} == {"cpu"}, "the bias has no room"
+        assert {block.ffn.bias.dtype for block in model.blocks} == {torch.float32}, "the bias keeps its type"
+
+
 def test_rebalance_by_hand():
     """Experts with too few positions get likelier by the rate, those with too many less likely, others stay."""
     layer = mixture(n_expert=4)
     layer.bias[:] = torch.tensor([0.1, 0.0, 0.0, -0.2])
     layer.rebalance(torch.tensor([6, 1, 3, 2]), 0.01)  # the mean is 3
-    near(layer.bias, torch.tensor([0.09, 0.01, 0.0, -0.19]).double(), "bias + rate sign(mean load - load)",
+    near(layer.bias, torch.tensor([0.09, 0.01, 0.0, -0.19]), "bias + rate sign(mean load - load)",
          rtol=0, atol=1e-7)
 
 
@@ -400,7 +455,7 @@ def test_a_mixture_can_be_copied():
     model, idx = scramble(GPT(small())), torch.randint(11, (2, 6))
     model(idx).square().sum().backward()
     other = copy.deepcopy(model)
-    assert not torch.as_tensor(other.blocks[0].ffn.count()).any(), "the copy has trained on nothing yet"
+    assert not other.blocks[0].ffn.count().any(), "the copy has trained on nothing yet"
     near(other(idx), model(idx), "the copy is another model")
 
 
@@ -413,6 +468,7 @@ def test_a_mixture_can_be_copied():
         ({"moe_every": 2}, [1, 3, 5]),
         ({"moe_every": 3, "first_dense": 1}, [3]),
         ({"moe_every": 2, "first_dense": 1}, [2, 4]),
+        ({"moe_every": 3, "first_dense": 3}, [5]),
     ],
     ids=str,
 )
@@ -425,7 +481,10 @@ def test_which_layers_are_mixtures(change, expected):
     assert set(dense) <= {(40, 16)}, "a dense layer has n_hidden units"
 
 
-@pytest.mark.parametrize("change", [{}, {"n_shared": 2, "first_dense": 1}, {"n_expert": 7, "n_active": 3}], ids=str)
+CHANGES = [{}, {"n_shared": 2, "first_dense": 1}, {"n_expert": 7, "n_active": 3}, {"n_expert": 1, "n_active": 1}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_parameters_are_counted(change):
     """All parameters, and those that one token uses: k of the E experts, and everything else."""
     config = small(n_layer=3, **change)
@@ -443,7 +502,8 @@ def test_parameters_are_counted(change):
 def test_a_token_uses_as_much_as_in_a_dense_model():
     """By default the experts that a token uses have n_hidden units together: it uses a dense model and the routers."""
     for n_active, n_shared, hidden in ((2, 0, 48), (3, 1, 24), (1, 2, 32), (2, 1, 32), (5, 0, 16)):
-        config = ModelConfig(vocab_size=11, n_hidden=96, n_expert=6, n_active=n_active, n_shared=n_shared)
+        shape = {"n_expert": 6, "n_active": n_active, "n_shared": n_shared, "renormalise": n_active > 1}
+        config = ModelConfig(vocab_size=11, n_hidden=96, **shape)
         assert config.expert_hidden == hidden, f"{n_active} + {n_shared} experts share 96 units, in multiples of 8"
     dense = count(GPT(ModelConfig(vocab_size=11, n_hidden=96)), active=True)
     assert dense == count(GPT(ModelConfig(vocab_size=11, n_hidden=96))), "a dense model uses all that it has"
@@ -515,6 +575,10 @@ def test_a_model_of_mixtures_is_its_formula(shape, monkeypatch):
         ({"expert_hidden": 0}, "expert_hidden"),
         ({"first_dense": -1}, "first_dense"),
         ({"moe_every": 0}, "moe_every"),
+        ({"first_dense": 2}, "first_dense 2 and moe_every 1 leave no mixture in n_layer 2"),
+        ({"moe_every": 3}, "first_dense 0 and moe_every 3 leave no mixture"),
+        ({"first_dense": 1, "moe_every": 2}, "leave no mixture"),
+        ({"n_active": 1}, "--no-renormalise"),
         ({"capacity": 0.0}, "capacity"),
         ({"capacity": -1.0}, "capacity"),
         ({"capacity": math.nan}, "capacity"),

@@ -471,6 +471,8 @@ def earlier(finished, text, tmp_path):
         (["--tokenizer", "word"], "word"),
         (["--tokenizer", "bpe", "--vocab-size", "100"], "vocab_size"),
         (["--n-active", "9"], "n_active 9 of n_expert 8"),
+        (["--n-active", "1"], "--no-renormalise"),
+        (["--first-dense", "9"], "first_dense 9"),
         (["--capacity", "0"], "capacity"),
         (["--balance", "sometimes"], "sometimes"),
         (["--bias-rate", "-1"], "bias_rate"),
@@ -1224,7 +1226,7 @@ def test_the_whole_batch_moves_the_bias(balance):
         layer.register_forward_pre_hook(
             lambda layer, args: seen.setdefault(layer, []).append(by_hand(layer, args[0])[0])
         )
-    biases = [torch.zeros(5).double() for _ in layers]
+    biases = [torch.zeros(5) for _ in layers]  # in float32, whatever the model is in
     descent = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, _ in train(model, batches(data, 5, 8, seed=5), config, descent):
         for i, layer in enumerate(layers):
@@ -1265,6 +1267,9 @@ def test_the_report_is_the_mean_over_layers():
     assert routing_report(model) == pytest.approx(expected), "the busiest expert's load over the mean load of all"
     assert {type(number) for number in routing_report(model).values()} == {float}, "the record holds plain numbers"
     assert routing_report(tiny()) == {}, "a dense model has no routers to tell of"
+    model(torch.randint(11, (2, 3)), pad=torch.tensor([3, 3]))
+    nothing = {"load": 0.0, "entropy": 0.0, "dropped": 0.0}
+    assert routing_report(model) == nothing, "of a batch that is nothing but padding there is nothing to tell, not nan"
 
 
 def test_scoring_adds_nothing_to_the_load():
@@ -1272,7 +1277,7 @@ def test_scoring_adds_nothing_to_the_load():
     model = tiny(n_expert=4)
     evaluate(model, torch.randint(11, (60,)))
     [layer] = mixtures(model)
-    assert not torch.as_tensor(layer.count()).any(), "positions that were only scored are in the load"
+    assert not layer.count().any(), "positions that were only scored are in the load"
     model(torch.randint(11, (2, 5)))
     assert layer.count().sum() == 20, "10 positions with 2 experts each"
 
