@@ -536,3 +536,287 @@ def test_the_stream_of_batches_did_not_change_from_08_to_09(stages):
         for step in range(30):
             a, b = next(old), next(new)
             assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"from {start} on, batch {step} differs"
+
+
+TUNED = {
+    "dense": {},
+    "a window": {"window": 5},
+    "mixtures": {"n_expert": 5, "n_active": 2, "n_shared": 1},
+    "every second layer": {"n_expert": 4, "n_active": 3, "moe_every": 2, "router": "sigmoid"},
+}
+
+
+def to_be_tuned(stages, kind: str, **more):
+    """09's model, and 10's with the same weights."""
+    nine, ten = stages("09").model, stages("10").model
+    shape = {"vocab_size": 13, "block_size": 24, "n_embd": 12, "n_head": 6, "n_kv_head": 2, "n_layer": 4} | more
+    old = randomise(nine.GPT(nine.ModelConfig(**shape | TUNED[kind])))
+    new = ten.GPT(ten.ModelConfig(**shape | TUNED[kind]))
+    new.load_state_dict(old.state_dict())
+    return old, new
+
+
+@pytest.mark.parametrize("length", [16, 11])  # 11: five places of each row are padding
+@pytest.mark.parametrize("kind", TUNED)
+def test_tuning_without_a_mask_is_pretraining(kind, length, stages):
+    """09 -> 10: one text in each row and every token learned: the loss and gradient of 09's training, routers included.
+    """
+    nine, ten = stages("09"), stages("10")
+    old, new = to_be_tuned(stages, kind)
+    texts = torch.randint(13, (6, length + 1))
+    recipe = {"precision": "float32", "balance_weight": 0.3, "z_weight": 0.2}
+    expected = nine.train.gradient(old, texts[:, :-1], texts[:, 1:], nine.train.TrainConfig(**recipe))
+    examples = [ten.data.Example(ids, [True] * len(ids)) for ids in texts.tolist()]
+    unmasked = [ten.data.Example(ids, [False] * 9 + [True] * (len(ids) - 9)) for ids in texts.tolist()]
+    for given, mask in ((examples, True), (unmasked, False)):
+        new.zero_grad()
+        loss = ten.sft.gradient(new, given, ten.sft.SFTConfig(**recipe, mask=mask))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6), "all tokens learned: the pretraining loss"
+        for (name, p), q in zip(old.named_parameters(), new.parameters(), strict=True):
+            torch.testing.assert_close(
+                q.grad, p.grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_adapters_that_begin_with_zeros_are_the_base(kind, stages):
+    """09 -> 10: with B = 0 the adapted model is 09's, to the last bit, and merging changes nothing."""
+    ten, x = stages("10"), torch.randint(13, (3, 9))
+    old, new = to_be_tuned(stages, kind)
+    ten.lora.add(new, ten.lora.LoRAConfig(rank=3, alpha=7.5))
+    assert ten.lora.adapters(new), "there are no adapters"
+    assert torch.equal(new(x), old(x)), "an adapter with B = 0 changes the scores"
+    assert torch.equal(ten.lora.merge(new)(x), old(x)), "merging an adapter with B = 0 changes the scores"
+
+
+@pytest.mark.parametrize("room", [20, 14])  # with padding behind it, and without
+@pytest.mark.parametrize("kind", TUNED)
+def test_one_conversation_packed_is_a_text(kind, room, stages):
+    """09 -> 10: a row with one conversation gives its scores in 09, at every place of it."""
+    ten, ids = stages("10"), torch.randint(13, (15,)).tolist()
+    old, new = to_be_tuned(stages, kind)
+    learned = [False] * 6 + [True] * 9
+    batch = ten.data.collate([ten.data.Example(ids, learned)], room)
+    expected = old(torch.tensor([ids[:-1]]))[0]
+    found = new(batch.x, look=ten.data.apart(new, batch))[0]
+    same(found[:14], expected, "scores of a packed row")
+    assert found.isfinite().all(), "padding has scores that are nan"
+    loss = F.cross_entropy(expected[5:], torch.tensor(ids[6:]), reduction="sum")
+    same(ten.sft.answer_loss(new, batch, batch.learned), loss, "loss of its answer")
+
+
+@pytest.mark.parametrize("kind", TUNED)
+@pytest.mark.parametrize("choice", [{"temperature": 0}, {"temperature": 0.7, "top_k": 4}], ids=str)
+def test_the_texts_written_did_not_change_from_09_to_10(choice, kind, stages):
+    """09 -> 10: the same seed writes the same texts, of prompts of different lengths."""
+    nine, ten = stages("09"), stages("10")
+    context, pad, texts = torch.randint(13, (3, 6)), torch.tensor([0, 4, 1]), []
+    for stage, model in zip((nine, ten), to_be_tuned(stages, kind), strict=True):
+        seed, config = torch.Generator().manual_seed(5), stage.sample.SampleConfig(**choice)
+        texts.append(stage.sample.sample(model, context, 15, config, seed, pad))
+    assert torch.equal(*texts), "another text"
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_training_and_evaluation_did_not_change_from_09_to_10(kind, stages):
+    """09 -> 10: the base takes the same steps under the same recipe, to the last bit, and is scored alike."""
+    torch.set_default_dtype(torch.float32)
+    models = to_be_tuned(stages, kind)
+    recipe = {"steps": 6, "batch_size": 4, "micro_batch": 3, "lr": 0.01, "warmup": 2, "weight_decay": 0.1}
+    stream, went = [(torch.randint(13, (4, 8)), torch.randint(13, (4, 8))) for _ in range(6)], []
+    data = torch.randint(13, (101,))
+    for stage, model in zip((stages("09"), stages("10")), models, strict=True):
+        config = stage.train.TrainConfig(**recipe)
+        steps = stage.train.train(model, iter(stream), config, stage.train.make_optimizer(model, config))
+        went.append([*(loss for _, loss in steps), stage.train.evaluate(model, data, 2)])
+    assert went[1] == went[0], "the losses differ"
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q), f"{name} went another way"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_token_ids_and_batches_did_not_change_from_09_to_10(kind, stages):
+    """09 -> 10: the same text gives the same vocabulary, ids and batches."""
+    found = []
+    for stage in (stages("09"), stages("10")):
+        tokenizer = stage.tokenizer.train_tokenizer(kind, TEXT, 270)
+        ids = stage.data.encode(TEXT, tokenizer)
+        stream = stage.data.batches(ids, 8, 4, seed=3, start=17)
+        found.append((tokenizer.state(), ids.tolist(), [[part.tolist() for part in next(stream)] for _ in range(30)]))
+    for a, b, what in zip(*found, ("vocabulary", "ids", "batches"), strict=True):
+        assert a == b, f"the {what} changed"
+
+
+def to_judge(stages, kind: str, both_ways: bool = False):
+    """10's model as one that talks, and the reward model that 11 makes of it."""
+    ten, eleven = stages("10"), stages("11")
+    special = {tag: 13 + i for i, tag in enumerate(ten.chat.TAGS)}
+    tokenizer = eleven.tokenizer.CharTokenizer("abcdefghijklm", special=tuple(special))
+    old = to_be_tuned(stages, kind, vocab_size=len(tokenizer))[1]
+    return old, eleven.reward.judge(eleven.chat.ours(old, tokenizer), both_ways)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("kind", TUNED)
+def test_a_head_of_zeros_is_a_coin(kind, both_ways, stages):
+    """10 -> 11: a reward model that has learned nothing gives all answers the score 0, and its loss is ln 2."""
+    eleven = stages("11").reward
+    _, opened = to_judge(stages, kind, both_ways)
+    found = opened.model(torch.randint(17, (6, 9)), torch.tensor([9, 3, 5, 9, 1, 2]))
+    assert torch.equal(found, torch.zeros(6)), "a head of zeros has scores that are not 0"
+    loss = eleven.pair_loss(found[0::2], found[1::2], eleven.RewardConfig())
+    assert loss.item() == pytest.approx(np.log(2), rel=1e-12), "the loss does not begin at ln 2"
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_the_trunk_of_a_reward_model_is_the_tuned_model(kind, stages):
+    """10 -> 11: with the language head put back in the head's place, the reward model gives 10's logits."""
+    eleven, (old, opened) = stages("11"), to_judge(stages, kind)
+    new, x, pad = opened.model, torch.randint(17, (4, 9)), torch.tensor([0, 4, 1, 0])
+    new.head = torch.nn.Linear(12, 17, bias=False)
+    new.head.weight = old.head.weight
+    logits = eleven.model.GPT.forward(new, x)
+    same(logits, old(x), "logits")
+    real = torch.arange(9) >= pad[:, None]
+    same(eleven.model.GPT.forward(new, x, pad=pad)[real], old(x, pad=pad)[real], "logits with padding on the left")
+    lengths = torch.tensor([9, 4, 6, 1])
+    same(new.features(x, look=new.around(9, lengths))[3, 0], old.features(x)[3, 0], "features of a text of one token")
+    opened.model.head = torch.nn.Linear(12, 1, bias=False)
+    opened.model.head.weight = torch.nn.Parameter(old.head.weight[5:6].clone())
+    same(new(x, lengths), logits[torch.arange(4), lengths - 1, 5], "the score by a token's own row: its logit")
+
+
+@pytest.mark.parametrize("choice", [{"temperature": 0}, {"temperature": 0.7, "top_k": 4}], ids=str)
+@pytest.mark.parametrize("kind", TUNED)
+def test_tuning_and_texts_did_not_change_from_10_to_11(kind, choice, stages):
+    """10 -> 11: the same conversations tune the same model in the same steps, to the last bit, and it writes the same.
+    """
+    torch.set_default_dtype(torch.float32)
+    old, _ = to_be_tuned(stages, kind)
+    context, pad, went = torch.randint(13, (3, 6)), torch.tensor([0, 4, 1]), []
+    ids = [torch.randint(13, (length,)).tolist() for length in (17, 9, 13, 5, 11, 8)]
+    for stage in (stages("10"), stages("11")):
+        model = stage.model.GPT(stage.model.ModelConfig(**vars(old.config)))
+        model.load_state_dict(old.state_dict())
+        config = stage.sft.SFTConfig(steps=4, batch_size=3, warmup=1)
+        examples = [stage.data.Example(row, [False] * 4 + [True] * (len(row) - 4)) for row in ids]
+        steps = stage.sft.tune(model, stage.sft.passes(examples, config), config,
+                               stage.train.make_optimizer(model, config))
+        losses = [loss for _, loss in steps]
+        seed = torch.Generator().manual_seed(5)
+        text = stage.sample.sample(model, context, 9, stage.sample.SampleConfig(**choice), seed, pad)
+        went.append((losses, text.tolist(), model.state_dict()))
+    assert went[0][0] == went[1][0], "the losses differ"
+    assert went[0][1] == went[1][1], "another text"
+    for name, tensor in went[0][2].items():
+        assert torch.equal(tensor, went[1][2][name]), f"{name} went another way"
+
+
+def test_tasks_and_tokens_did_not_change_from_10_to_11(stages):
+    """10 -> 11: the same words give the same tasks, and a conversation the same tokens."""
+    found, known = [], ["".join(letters) for letters in np.random.default_rng(1).choice(list("abcdefg"), (200, 5))]
+    for stage in (stages("10"), stages("11")):
+        records = {name: stage.tasks.make(known, name, 90) for name in stage.tasks.SETS}
+        texts = "".join(message["content"] for part in records.values() for r in part for message in r["messages"])
+        tokenizer = stage.tokenizer.CharTokenizer(texts, special=stage.chat.TAGS)
+        model = stage.model.GPT(stage.model.ModelConfig(vocab_size=len(tokenizer), n_embd=8, n_layer=1))
+        opened = stage.chat.ours(model, tokenizer)
+        examples = [vars(stage.chat.conversation(opened, r["messages"])) for r in records["words"]]
+        found.append((records, tokenizer.state(), examples))
+    for a, b, what in zip(*found, ("tasks", "vocabulary", "tokens of conversations"), strict=True):
+        assert a == b, f"the {what} changed"
+
+
+def to_reward(stages, kind: str):
+    """11's model, and the same weights in 12 as a policy that talks, with questions of different lengths for it."""
+    eleven, twelve, (old, _) = stages("11"), stages("12"), to_judge(stages, kind)
+    models = [stage.model.GPT(stage.model.ModelConfig(**vars(old.config))) for stage in (eleven, twelve)]
+    for model in models:
+        model.load_state_dict(old.state_dict())
+    special = tuple(twelve.chat.TAGS)
+    policy = twelve.chat.ours(models[1], twelve.tokenizer.CharTokenizer("abcdefghijklm", special=special))
+    asked = [[{"role": "user", "content": text}] for text in ("a", "bcd", "ab", "kl")]
+    return models[0], policy, asked
+
+
+def answered_alone(old, drawn):
+    """ln P of the drawn tokens under 11's model, each answer read on its own, without a cache: a list of [length]."""
+    found = []
+    for i in range(len(drawn.ids)):
+        n, start = int(drawn.mask[i].sum()), drawn.ids.shape[1] - drawn.mask.shape[1]
+        ids = drawn.ids[i, int(drawn.pad[i]):start + n][None]
+        law = F.log_softmax(old(ids[:, :-1]), dim=-1)[0, -n:]
+        found.append(law[torch.arange(n), ids[0, -n:]])
+    return found
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_one_pass_without_a_price_is_reinforce(kind, stages):
+    """11 -> 12: with beta 0 and one pass, PPO and GRPO take the gradient of sum A ln P of 11's model, and no other."""
+    twelve, (old, policy, asked) = stages("12"), to_reward(stages, kind)
+    config = twelve.grpo.GRPOConfig(group=3, length=4, clip=1e9, warmup=0, kl="k2", beta=0.0, baseline="rloo", lr=0.1)
+    records = [{"messages": [*question, {"role": "assistant", "content": "a"}]} for question in asked]
+    drawn = twelve.rollout.rollout(policy, asked, 4, n=3, generator=twelve.learn.generator(config, 0))
+    reward = torch.tensor([0.5, 1.0, -2.0, 3.0, 1.0, 0.0, 1.5, -1.0, 2.0, 0.0, 4.0, 1.0])
+    alone = answered_alone(old, drawn)
+    advantage = (reward.view(4, 3) - (reward.view(4, 3).sum(1, keepdim=True) - reward.view(4, 3)) / 2).flatten()
+    sums = torch.stack([each.sum() for each in alone])
+
+    # PPO's parts, with a critic that guesses 0 and lam 1: the advantage of each token is the answer's reward.
+    model = policy.model
+    new = twelve.rollout.log_probs(model, drawn)[0]
+    reference = torch.randn(new.shape)
+    earned = twelve.ppo.token_rewards(advantage, new.detach(), reference, drawn.mask, beta=0.0)
+    gain, _ = twelve.ppo.gae(earned, torch.zeros(new.shape), drawn.mask, gamma=1.0, lam=1.0)
+    ratio = (new - new.detach()).exp()
+    loss = -twelve.rollout.masked_mean(twelve.ppo.clipped(ratio, gain, 0.2), drawn.mask)
+    goal = -(advantage * sums).sum()
+    expected = torch.autograd.grad(goal / drawn.mask.sum(), list(old.parameters()), retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+        same(a, b, "PPO: the gradient of REINFORCE")
+
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    neighbour = randomise(twelve.model.GPT(model.config))  # a reference far away: with beta 0 it does nothing
+    twelve.grpo.grpo_step(policy, neighbour, records, config, optimizer, 0, lambda *_: reward)
+    expected = torch.autograd.grad(goal / (12 * 4), list(old.parameters()))
+    for a, p, b in zip(before, model.parameters(), expected, strict=True):
+        same((a - p.detach()) / 0.1, b, "GRPO: the gradient of REINFORCE")
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_a_policy_that_is_the_reference_pays_nothing(kind, stages):
+    """11 -> 12: where policy and reference agree, the ratio is 1, each estimator 0 and the KL 0, to the last bit."""
+    twelve, (_, policy, asked) = stages("12"), to_reward(stages, kind)
+    reference = twelve.model.GPT(policy.model.config)
+    reference.load_state_dict(policy.model.state_dict())
+    drawn = twelve.rollout.rollout(policy, asked, 5, n=3, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (twelve.rollout.log_probs(model, drawn)[0] for model in (policy.model, reference))
+    assert torch.equal((ours - theirs).exp(), torch.ones(ours.shape)), "the ratio is not exactly 1"
+    for estimator in ("k1", "k2", "k3"):
+        assert not twelve.ppo.kl_terms(ours, theirs, estimator).any(), f"{estimator} of equal laws is not 0"
+    score = torch.randn(12)
+    earned = twelve.ppo.token_rewards(score, ours, theirs, drawn.mask, beta=3.0)
+    assert torch.equal(earned.sum(1), score) and (earned != 0).sum() == 12, "a price is paid for no distance"
+    records = [{"messages": [*question, {"role": "assistant", "content": "a"}]} for question in asked]
+    assert twelve.rollout.look(policy, reference, records, 5)["kl"] == 0, "KL is not 0"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", TUNED)
+def test_a_cached_rollout_is_scored_as_without_a_cache(kind, temperature, stages, monkeypatch):
+    """11 -> 12: the law that each token was drawn from, with the cache, is the one it is scored by, and 11's."""
+    eleven, twelve, (old, policy, asked) = stages("11"), stages("12"), to_reward(stages, kind)
+    laws, draw = [], twelve.sample.draw
+    monkeypatch.setattr(twelve.sample, "draw", lambda scores, *more: (laws.append(scores), draw(scores, *more))[1])
+    drawn = twelve.rollout.rollout(policy, asked, 5, temperature, 3, torch.Generator().manual_seed(2))
+    used = F.log_softmax(torch.stack(laws, dim=1) / temperature, dim=-1)  # [12, at most 5, V]
+    used = used.gather(-1, drawn.answers[:, :used.shape[1], None])[..., 0]
+    found, _ = twelve.rollout.log_probs(policy.model, drawn, temperature)
+    mask = drawn.mask[:, :used.shape[1]]
+    same(found[:, :used.shape[1]][mask], used[mask], "ln P of the law that was drawn from, with the cache")
+    if temperature == 1:
+        same(found[drawn.mask], torch.cat(answered_alone(old, drawn)), "ln P under 11's model, without a cache")
+    start = drawn.ids.shape[1] - 5
+    config, seed = eleven.sample.SampleConfig(temperature), torch.Generator().manual_seed(2)
+    texts = eleven.sample.sample(old, drawn.ids[:, :start], 5, config, seed, drawn.pad, policy.ends)
+    assert torch.equal(texts.clamp(min=0), drawn.answers[:, :texts.shape[1]]), "11 draws other answers with this seed"

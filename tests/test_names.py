@@ -91,7 +91,8 @@ def foreign(stage: Stage) -> list[str]:
     tests = sorted((stage.path / "tests").glob("**/*.py"))
     problems = []
     for file in [*modules(stage), *tests]:
-        beside = {other.stem for other in file.parent.glob("*.py")}
+        folders = {file.parent, stage.path / "tests"} if file in tests else {file.parent}
+        beside = {other.stem for folder in folders for other in folder.glob("*.py")}
         known = set(sys.stdlib_module_names) | own | beside | declared(stage, file in tests)
         problems += [f"{file.relative_to(stage.path)} imports {name}" for name in sorted(imports(file) - known)]
         others = set(re.findall(r"\b[01]\d_[a-z]+\b", file.read_text("utf-8"))) & set(TWELVE) - {stage.name}
