@@ -1,0 +1,209 @@
+"""Five ways side by side: what is kept and made, what best-of-n gives, what is measured; on a small random policy."""
+
+import json
+import math
+import os
+import signal
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # little.py
+
+from shared.errors import BadInput
+
+import little
+import pytest
+import torch
+
+import dpo
+import grpo
+import learn
+import ppo
+import reward
+import tasks
+from chat import open_model
+from demos import compare
+from preferences import corrupted
+from rollout import rollout
+
+SMALL = {"steps": 2, "length": 4, "lr": 1e-2, "warmup": 0}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of runs with a random policy and a random judge, and small recipes; learning draws no figures."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    little.runs(tmp_path)
+    (tmp_path / "text.txt").write_text(little.text(), encoding="utf-8")
+    step = grpo.grpo_step  # a random policy is never right: here it is paid for letters that are late in the alphabet
+    monkeypatch.setattr(grpo, "grpo_step", lambda *args: step(*args, rewards=lambda _, d: d.answers.float().mean(1)))
+    monkeypatch.setattr(dpo, "own_pairs", lambda policy, records, seed: corrupted(records, seed=seed))
+    monkeypatch.setattr(learn, "draw", lambda *args: None)
+    recipes = {"DPO": dpo.DPOConfig(batch_size=3, **SMALL), "PPO": ppo.PPOConfig(questions=6, minibatch=4, **SMALL),
+               "GRPO": grpo.GRPOConfig(questions=3, group=4, **SMALL)}  # fmt: skip
+    monkeypatch.setattr(compare, "WAYS", {way: (compare.WAYS[way][0], recipes[way]) for way in recipes})
+    return tmp_path
+
+
+@pytest.fixture
+def flags(place):
+    return ["--policy", "little", "--judge", "judge", "--corpus", str(place / "text.txt"), "--device", "cpu",
+            "--records", "30", "--test", "9", "--n", "3"]  # fmt: skip
+
+
+def summary(place, name="compare") -> dict:
+    return json.loads((place / name / "summary.json").read_text("utf-8"))
+
+
+def letters(records, drawn):
+    """A reward: how many different letters an answer has, and a bit for the letter that it begins with."""
+    return torch.tensor([len(set(text)) + ord((text or " ")[0]) / 1000 for text in drawn.texts])
+
+
+@pytest.mark.parametrize("rows", [512, 8], ids=["at once", "in parts"])
+def test_best_of_n_gives_the_answer_with_the_highest_reward(rows, monkeypatch):
+    """Of each task's n answers the one with the highest reward counts, right or wrong; and no other task's."""
+    policy, seen = little.policy(std=0.3), []
+
+    def watched(opened, asked, *args, **more):
+        seen.append((asked, rollout(opened, asked, *args, **more)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(compare, "rollout", watched)
+    monkeypatch.setattr(compare, "ROWS", rows)
+    found = compare.best_of(policy, little.RECORDS, 3, letters, seed=4)
+    right, rewards, asked = [], [], []
+    for questions, drawn in seen:
+        asked += questions
+        for i, question in enumerate(questions):
+            mine = [(text, over) for text, over, which in zip(drawn.texts, drawn.ended, drawn.which, strict=True)
+                    if which == i]
+            assert len(mine) == 3, f"{len(mine)} answers to a task, not 3"
+            best = max(mine, key=lambda told: len(set(told[0])) + ord((told[0] or " ")[0]) / 1000)
+            [gold] = [r["messages"][-1]["content"] for r in little.RECORDS if r["messages"][:-1] == question]
+            right.append(best == (gold, True))
+            rewards.append(len(set(best[0])) + ord((best[0] or " ")[0]) / 1000)
+    assert asked == little.ASKED and len(seen) == (1 if rows == 512 else 3), "each task is asked once, in parts"
+    assert found["reward"] == pytest.approx(sum(rewards) / 6), "not the highest reward of each task's own answers"
+    assert found["sampled"] == pytest.approx(sum(right) / 6), "right is what the chosen answer is"
+
+
+def test_the_kl_divergence_of_best_of_n():
+    """Of n answers that are all different, the best has the rank u with density n u^(n - 1): its mean logarithm."""
+    policy = little.policy(std=0.3)
+    for n in (1, 2, 5):
+        u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+        density = n * u ** (n - 1)
+        expected = (density * density.log()).mean().item()
+        found = compare.best_of(policy, little.RECORDS[:2], n, letters, 0)["kl"]
+        assert found == pytest.approx(expected, abs=1e-4), f"best of {n}: {found:.4f} nats, integrated {expected:.4f}"
+
+
+def test_the_judge_in_units_of_the_policys_own_answers(place, monkeypatch):
+    """Among the policy's answers to tasks that are learned from, the proxy has mean 0 and spread 1."""
+    def ended(*args, **more):  # a random policy hardly ever ends an answer, and the price of that is another matter
+        return replace(rollout(*args, **more), ended=[True] * 40)
+
+    monkeypatch.setattr(ppo, "rollout", ended)
+    policy, judge = open_model("little"), reward.load(place / "judge" / "model.pt")
+    args = Namespace(corpus=str(place / "text.txt"), records=40)
+    rewards = compare.proxy(judge, policy, args)
+    records = tasks.make(tasks.words(little.text()), "train", 40)
+    drawn = ended(policy, [r["messages"][:-1] for r in records], 24, generator=torch.Generator().manual_seed(9))
+    told = rewards(records, drawn)
+    assert told.mean().abs() < 0.5 and 0.6 < told.std() < 1.5, f"mean {told.mean():.2f}, spread {told.std():.2f}"
+    talks = [[*records[i]["messages"][:-1], {"role": "assistant", "content": drawn.texts[i]}] for i in (3, 17)]
+    raw = reward.scores(judge, talks)
+    assert (told[3] - told[17]).sign() == (raw[0] - raw[1]).sign(), "the order of the scores has changed"
+
+
+def test_what_is_made_and_what_is_kept(tmp_path, monkeypatch, capsys):
+    """A finished run is kept; it is made again for other flags or on demand; one that was stopped goes on."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    called, args = [], Namespace(device="cpu", again=False)
+
+    def method(words, code=None):
+        called.append(words)
+        folder = tmp_path / "a"
+        folder.mkdir(exist_ok=True)
+        given = dict(zip(words[::2], words[1::2], strict=False)) if "--resume" not in words else None
+        if given is not None:
+            config = {"beta": float(given["--beta"]), "corpus": None, "eval_every": int(given["--eval-every"])}
+            (folder / "config.json").write_text(json.dumps(config | {"more": 1}), encoding="utf-8")
+        (folder / "model.pt").touch()
+        if code:
+            (folder / "summary.json").unlink(missing_ok=True)
+            return code
+        (folder / "summary.json").write_text('{"tax": 1}', encoding="utf-8")
+
+    flags = {"beta": 0.2, "corpus": None, "eval_every": 5}
+    assert compare.finish(method, "a", flags, args) == {"tax": 1} and "\na\n" in capsys.readouterr().out
+    assert called == [["--name", "a", "--device", "cpu", "--beta", "0.2", "--eval-every", "5"]], (
+        f"{called}: all flags are given but those that are none")
+    assert compare.finish(method, "a", flags, args) == {"tax": 1} and len(called) == 1, "a finished run is made again"
+    compare.finish(method, "a", flags | {"beta": 0.5}, args)
+    assert len(called) == 2, "a run with another beta is taken for this one"
+    compare.finish(method, "a", flags | {"beta": 0.5}, Namespace(device="cpu", again=True))
+    assert len(called) == 3 and "--resume" not in called[2], "--again keeps what is there"
+    assert compare.finish(lambda words: method(words, 130), "a", flags, args) is None, "a stopped run has no summary"
+    assert compare.finish(method, "a", flags, args) == {"tax": 1}
+    assert called[4] == ["--name", "a", "--device", "cpu", "--resume"], f"{called[4]}: the stopped run does not go on"
+    compare.finish(lambda words: method(words, 130), "a", flags | {"beta": 0.7}, args)
+    compare.finish(method, "a", flags, args)
+    assert "--resume" not in called[6], "a stopped run with other flags goes on as if it were this one"
+
+
+def test_all_ways_are_measured_alike_and_kept(place, flags, capsys):
+    """Each run is measured as its own summary says, on the held-out tasks; a second call makes nothing again."""
+    assert compare.main([*flags, "--seeds", "2"]) is None
+    found, printed = summary(place), capsys.readouterr().out
+    ways = ["policy", "best of 3", "DPO", "PPO", "GRPO"]
+    assert [row["way"] for row in found["rows"]] == list(found["seeds"]) == ways and "mean ± spread" in printed
+    assert {len(some) for some in found["seeds"].values()} == {2}, "a seed is missing"
+    assert all(told["kl"] == 0 and told["tax"] == 0 for told in found["seeds"]["policy"]), "the policy against itself"
+    for way in ways[2:]:
+        runs = [summary(place, f"compare-{way.lower()}-{seed}") for seed in (0, 1)]
+        assert [run["seed"] for run in runs] == [0, 1] and runs[0]["steps"] == 2, f"{way}: the seed or the steps"
+        for told, run in zip(found["seeds"][way], runs, strict=True):
+            assert (told["tax"], told["seconds"]) == (run["tax"], run["seconds"]), f"{way}: not what its run says"
+            assert abs(told["kl"]) > 1e-4, f"{way}: the policy is measured in place of the run"
+        assert found["seeds"][way][0] != found["seeds"][way][1], f"{way}: two seeds are one"
+        config = json.loads((place / f"compare-{way.lower()}-0" / "config.json").read_text("utf-8"))
+        assert config["policy"] == "little" and config["length"] == 4 and config.get("judge", "judge") == "judge"
+    row = found["rows"][3]
+    mean = sum(told["kl"] for told in found["seeds"]["PPO"]) / 2
+    spread = abs(found["seeds"]["PPO"][0]["kl"] - found["seeds"]["PPO"][1]["kl"]) / math.sqrt(2)
+    assert row["KL"] == f"{mean:.3f} ± {spread:.3f}", f"{row['KL']}: {mean} and {spread} over two seeds"
+    assert found["rows"][1]["greedy"] == "-", "best-of-n has no likeliest answer"
+    assert (place / "compare" / "ways.png").stat().st_size > 3000
+    made = {file: os.stat(file).st_mtime_ns for file in place.glob("compare-*/summary.json")}
+    assert len(made) == 6 and compare.main([*flags, "--seeds", "1"]) is None
+    assert all(os.stat(file).st_mtime_ns == time for file, time in made.items()), "a finished run was made again"
+    one = summary(place)
+    assert one["rows"][2]["KL"] == f"{one['seeds']['DPO'][0]['kl']:.3f}", "a single seed has no spread"
+    assert one["seeds"]["DPO"][0] == found["seeds"]["DPO"][0], "the same run is measured otherwise"
+
+
+def test_an_interrupt_is_passed_on(place, flags, monkeypatch):
+    """After Ctrl-C in one of the runs, no other is begun, 130 is the exit code, and there is no table."""
+    update, calls = dpo.update, []
+
+    def pressed(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(dpo, "update", pressed)
+    assert compare.main([*flags, "--seeds", "1"]) == 130, "an interrupted comparison is not a success"
+    assert not (place / "compare" / "summary.json").exists() and not (place / "compare-ppo-0").exists()
+    assert (place / "compare-dpo-0" / "model.pt").is_file(), "what was learned is lost"
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--n", "--steps", "--records", "--test"])
+def test_sizes_that_cannot_be(flag, flags):
+    """Sizes below 1 are refused in one line."""
+    with pytest.raises(BadInput, match="at least 1"):
+        compare.main([*flags, flag, "0"])
