@@ -13,12 +13,12 @@ For each seed one model is tuned on all families of tasks but one. Then it is ta
 Why not tune the base with LoRA? Ours is tiny, and has never copied a word or seen a digit or a tag. Adapters cannot
 make up for that in a few hundred steps. A model that can already answer is what people put adapters beside.
 
-Learning rates: 0.01 for adapters, 0.003 for all weights. B begins with zeros, and few numbers have a long way to go: with
-0.003 adapters of rank 8 learn hardly anything in 80 steps. All ranks have the same rate, since alpha / r takes the rank
-out of the size of a change.
+Learning rates: 0.01 for adapters, 0.003 for all weights. B begins with zeros, and few numbers have a long way to go. In
+trials with one seed, adapters of rank 8 learned next to nothing with 0.003, and those of rank 64 diverged with 0.03.
+All ranks have the same rate, since alpha / r takes the rank out of the size of a change.
 
-`new` is exact match on new words of the new family, `old` the same of the old families, their mean; `difference` is that
-of `new` from "full". `tax` is the alignment tax: how much the loss on the validation text has risen since the base, in
+`new` is exact match on new words of the new family, and `difference` that from "full"; `old` is exact match on the old
+families, their mean. `tax` is the alignment tax: how much the loss on the validation text has risen since the base, in
 nats per character. The row "before" is the model that is taught. `trained` is the share of the model's numbers that is
 tuned. "LoRA learns less and forgets less" (Biderman et al., 2024) would be a lower `new`, a higher `old` and a lower
 `tax`.

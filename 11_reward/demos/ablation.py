@@ -169,9 +169,9 @@ def spread(values: list[float]) -> float | None:
 
 
 def shown(rows: list[dict]) -> list[dict]:
-    """Rows for `table`: all to three places, a difference with its sign."""
-    return [{key: format(value, "+.3f" if key == "difference" else ".3f") if isinstance(value, float) else value
-             for key, value in row.items()} for row in rows]
+    """Rows for `table`: all to three places, a difference with its sign, and no -0.000."""
+    return [{key: format(round(value, 3) + 0.0, "+.3f" if key == "difference" else ".3f")
+             if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
 
 def done(log: RunLog, fig, name: str, rows: list[dict], **headline) -> None:

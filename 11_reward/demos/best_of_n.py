@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     results = ablation.run_all(log, jobs, scale.steps, policy)
     runs = {judge: [results[judge, seed] for seed in range(scale.seeds)] for judge in JUDGES}
     rows = rows_of(runs, sizes.counts())
-    table(f"{scale.test} tasks, {sizes.most} answers to each, seeds: {scale.seeds}", rows)
+    table(f"{scale.test} tasks, {sizes.most} answers to each, seeds: {scale.seeds}", ablation.shown(rows))
     accuracy = {judge: mean(run["pairs"] for run in mine) for judge, mine in runs.items()}
     for judge, share in accuracy.items():
         best = max(rows, key=lambda row: row[f"{judge}: gold"])

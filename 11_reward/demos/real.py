@@ -46,7 +46,7 @@ import reward
 import train
 from audit import length_rule
 from chat import open_model, prompt
-from demos.ablation import spread
+from demos.ablation import shown, spread
 from evaluate import interval
 from hf import Opened
 from preferences import both, read_pairs, split_by_prompt
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         count = sum(p.numel() for p in opened.model.parameters() if p.requires_grad)
         right = [reward.accuracy(gaps["LoRA"], torch.zeros(len(test)))]
         rows.append(row("LoRA", right, len(test), count, time.perf_counter() - begin))
-        table(f"{len(training)} pairs to train on, {len(test)} held out, splits: {real.seeds}", rows)
+        table(f"{len(training)} pairs to train on, {len(test)} held out, splits: {real.seeds}", shown(rows))
         file = log.figure(draw(losses, gaps), "real")
         log.finish(rows=rows)
     say(f"figure: {file}")

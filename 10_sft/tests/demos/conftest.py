@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import train
+from demos import ablation
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -41,7 +42,8 @@ def out(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def flags(text, out):
-    """What makes any demo of this stage run in a second or two."""
+def flags(text, out, monkeypatch):
+    """What makes any demo of this stage run in a second or two. A model that learned nothing never ends an answer."""
+    monkeypatch.setattr(ablation, "LENGTH", 4)
     return ["--base", "tiny", "--corpus", str(text), "--steps", "3", "--seeds", "1", "--batch-size", "5",
             "--records", "45", "--test", "18"]  # fmt: skip

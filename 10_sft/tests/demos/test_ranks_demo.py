@@ -30,7 +30,7 @@ def test_the_share_by_hand():
 
 
 def test_each_kind_has_its_optimiser():
-    """Full tuning has none of its own; AdamW gets all weights at one rate, or the adapters at another, without decay."""
+    """Full tuning has none of its own; AdamW gets all weights at one rate, or adapters at another, without decay."""
     sizes = Sizes(lora_lr=0.02, full_lr=0.004, alpha=6.0)
     assert ranks.prepared(small(), ranks.FULL, sizes) is None, "full tuning is tuned by the recipe of sft.py"
     model = small()

@@ -134,7 +134,7 @@ def test_what_is_shown_and_what_is_refused(args):
     """Differences have their sign; one seed has no spread; a size that cannot be is named in one line."""
     rows = [{"variant": "a", "right": 0.5, "difference": None}, {"variant": "b", "right": 0.25, "difference": -0.25}]
     assert ablation.shown(rows)[1] == {"variant": "b", "right": "0.250", "difference": "-0.250"}
-    assert ablation.shown([{"n": 3, "difference": 0.1}]) == [{"n": 3, "difference": "+0.100"}]
+    assert ablation.shown([{"n": 3, "difference": 0.1, "a": -1e-9}]) == [{"n": 3, "difference": "+0.100", "a": "0.000"}]
     assert ablation.spread([0.5]) is None and ablation.spread([0.1, 0.3]) == pytest.approx(0.2 / 2**0.5)
     with pytest.raises(BadInput, match=re.escape("--batch-size 0")):
         Scale(batch_size=0)

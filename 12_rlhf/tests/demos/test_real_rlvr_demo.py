@@ -133,7 +133,7 @@ def test_answers_are_those_of_a_plain_rollout(opened):
         rlvr.answers(opened, encoded, 90)
 
 
-def test_drawing_follows_the_law():
+def test_drawing_follows_the_law(monkeypatch):
     """One random number for a text: tokens come as often as softmax(scores / temperature) says, and 0 means never."""
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0], [3.0, -math.inf, -math.inf, 2.5]])
     generator = torch.Generator().manual_seed(0)
@@ -145,6 +145,9 @@ def test_drawing_follows_the_law():
             assert abs(count[token] / 20_000 - share) <= 4 * math.sqrt(share * (1 - share) / 20_000), (
                 f"token {token} is drawn with frequency {count[token] / 20_000:.3f}, its probability is {share:.3f}")
     assert rlvr.draw(logits, torch.tensor([1, 0, 1]), 0.0).tolist() == [0, 3, 0], "at temperature 0: the likeliest"
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.zeros(*shape, dtype=torch.float64))
+    never_first = logits[:, [2, 1, 0, 3]]
+    assert rlvr.draw(never_first, torch.tensor([0, 1]), 1.0).tolist() == [1, 2], "what cannot be drawn is, for u = 0"
 
 
 def test_a_tree_holds_each_beginning_once():
