@@ -148,7 +148,8 @@ def flip(pairs: list[dict], share: float, seed: int = 1337) -> list[dict]:
     """The pairs with `share` of them the wrong way round, as hasty annotators make them. Raises BadInput."""
     if not 0 <= share <= 1:
         raise BadInput(f"a share of {share} flipped pairs: it must be from 0 to 1")
-    wrong = set(random.Random(seed).sample(range(len(pairs)), round(share * len(pairs))))
+    # Not plainly `seed`: who shuffles the pairs with the same seed for training would get all flipped ones first.
+    wrong = set(random.Random(f"{seed} flip").sample(range(len(pairs)), round(share * len(pairs))))
     return [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} if i in wrong else p for i, p in enumerate(pairs)]
 
 

@@ -207,6 +207,15 @@ def test_a_share_of_pairs_is_flipped(share):
         assert flip(made, share) == found != flip(made, share, seed=1), "the seed decides which"
 
 
+def test_flipped_pairs_are_not_learned_first():
+    """Pairs flipped and then shuffled with one seed, as training does: a half of each half of the order is flipped."""
+    pairs = [{"chosen": f"a{i}", "rejected": f"b{i}"} for i in range(1000)]
+    for seed in (0, 1337):
+        order = random.Random(seed).sample(flip(pairs, 0.5, seed), len(pairs))
+        share = sum(each["chosen"].startswith("b") for each in order[:500]) / 500
+        assert abs(share - 0.5) < 0.1, f"{share:.0%} of the first half are flipped: two draws share random numbers"
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.01, math.nan])
 def test_an_impossible_share_is_refused(share):
     """A share below 0, above 1 or nan is refused."""
