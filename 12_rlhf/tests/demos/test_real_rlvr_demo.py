@@ -21,7 +21,7 @@ from rollout import Rollout, rollout
 from tokenizer import CharTokenizer
 
 LETTERS = "0123456789 +=?.Whatis AnserwithenumbolyH"
-ASKED = [[{"role": "user", "content": text}] for text in ("Hall 1", "Hello, 2", "Hat 12 +", "Hall 1 ?")]
+ASKED = [[{"role": "user", "content": text}] for text in ("H", "Hello, 2", "Hall the sum is 12 + 345?", "Hall 1 ?")]
 QUICK = ["--model", "small", "--steps", "3", "--questions", "3", "--group", "4", "--lr", "0.02", "--length", "5",
          "--rank", "3", "--test", "8", "--shown", "2", "--eval-every", "2", "--dtype", "float32",
          "--forget", "5"]  # fmt: skip
