@@ -107,6 +107,7 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ablation.parser(__doc__)
+    parser.set_defaults(steps=250)
     parser.add_argument("--rounds", type=int, default=12, help="steps of each variant that are timed (default: 12)")
     args = parser.parse_args(argv)
     setup("cpu")

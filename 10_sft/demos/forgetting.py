@@ -150,7 +150,7 @@ def draw(runs: dict[str, list[dict]], name: str) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ablation.parser(__doc__)
-    parser.set_defaults(steps=500, test=120)
+    parser.set_defaults(steps=400, test=120)
     options.add(parser, Sizes)
     args = parser.parse_args(argv)
     setup("cpu")
