@@ -152,7 +152,8 @@ def learn(run: Run, script: str, one: Callable[[int], dict], rewards=None, more:
     with RunLog(script, run.args.name, flags, step, run.args.board) as log, Interrupt() as interrupt:
 
         def keep():
-            state = {"optimizer": run.optimizer.state_dict(), "step": step, "seconds": time.perf_counter() - begun}
+            state = {"optimizer": run.optimizer.state_dict(), "step": step, "seconds": time.perf_counter() - begun,
+                     "first": first}
             checkpoint.save(log.folder / "model.pt", model, run.policy.tokenizer, **state, **form(run.policy),
                             **more(), args=flags)
             log.keep()
@@ -162,7 +163,8 @@ def learn(run: Run, script: str, one: Callable[[int], dict], rewards=None, more:
             log.metrics(step, **{f"held_out_{name}": value for name, value in told.items()})
             return told
 
-        first = last = seen()
+        last = seen()
+        first = run.saved.get("first", last)  # before the first step, also of a run that goes on
         with progress(config.steps, log.folder.name) as bar:
             for step in range(run.step + 1, config.steps + 1):
                 log.metrics(step, **(told := one(step - 1)))

@@ -6,19 +6,32 @@
 
 All start from the policy "lazy", which was tuned on demonstrations with mistakes. It can do better than it does: its
 likeliest answers are mostly wrong, and among several drawn ones there often is a right one.
+
+At the end all models are looked at alike: their loss on the text of the base, nats per character, their right answers
+to new words, the likeliest or drawn ones, and the score that the reward model gives to the drawn ones, in units in
+which the policy's have mean 0 and spread 1. The base has tags that it never saw.
 """
 
 import argparse
 import json
 
-from shared import options
-from shared.console import say, table
+from shared import corpus, options
+from shared.console import progress, say, table
+from shared.device import setup
 from shared.program import run_program
 from shared.runlog import RunLog, run_folder
 
+import checkpoint
 import dpo
 import grpo
 import ppo
+import tasks
+from chat import open_model, ours, with_tags
+from evaluate import text_loss
+from hf import Opened
+from learn import RLConfig
+from preferences import open_policy
+from rollout import look
 
 # What each way is told. "ppo-free" is not held near the reference, and goes fast: what its judge likes is not what is
 # right.
@@ -30,47 +43,81 @@ WAYS = {
 }
 
 
+def base(records: list[dict], device) -> Opened | None:
+    """The run "base", with tags and letters that are new to it. None: there is none, the policy came from elsewhere."""
+    file = run_folder(__file__, "base") / "model.pt"
+    if not file.is_file():
+        return None
+    letters = {letter for r in records for message in r["messages"] for letter in message["content"]}
+    return ours(*with_tags(*checkpoint.load(file, device)[:2], "".join(sorted(letters))))
+
+
 def main(argv=None):
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), help="default: all")
     parser.add_argument("--again", action="store_true", help="do not keep what was made before")
+    parser.add_argument("--policy", default="lazy", help="a tuned model (default: lazy, which is tuned where needed)")
+    parser.add_argument("--judge", default="reward", help="a run of reward.py (default: reward, trained where needed)")
     parser.add_argument("--corpus", help="the text of the base, where the tasks' words are from (default: shakespeare)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     args = parser.parse_args(argv)
-    rows = []
+    device = setup(args.device, RLConfig.seed)
+    policy, judge = open_policy(args, device), ppo.open_judge(args, device)
+    text = ["--corpus", args.corpus] if args.corpus else []
+    seconds = {}
     for name in args.only:
         way, flags = WAYS[name]
         file = run_folder(__file__, name) / "summary.json"
         if args.again or not file.is_file():
             say(f"\n{name}")
-            text = ["--corpus", args.corpus] if args.corpus else []
-            if way([*flags, "--name", name, "--device", args.device, *text]):
+            flags = [*flags, *(["--judge", args.judge] if name.startswith("ppo") else []), "--policy", args.policy, *text]
+            if way([*flags, "--name", name, "--device", args.device]):
                 return 130
-        told = json.loads(file.read_text("utf-8"))
-        if not rows:
-            rows.append({"way": "policy", "greedy": told["first_greedy"], "drawn": told["first_sampled"], "kl": 0.0})
-        rows.append({"way": name, "greedy": told["greedy"], "drawn": told["sampled"], "kl": told["kl"],
-                     "score": told.get("reward") if name.startswith("ppo") else None, "tax": told["tax"],
-                     "seconds": told["seconds"]})
-    table("right answers to new words, the likeliest or drawn ones; KL from the policy, nats an answer", rows)
+        seconds[name] = json.loads(file.read_text("utf-8"))["seconds"]
+    rows = looks(args, policy, judge, list(seconds))
+    for row in rows:
+        row["seconds"] = seconds.get(row["model"])
+    table("loss on the text of the base, nats per character; right answers to new words; KL from the policy, nats", rows)
     with RunLog(__file__, "pipeline", vars(args)) as log:
         draw(rows, log)
         log.finish(rows=rows)
     say(f"saved in {log.folder}")
 
 
+def looks(args, policy: Opened, judge: Opened, names: list[str]) -> list[dict]:
+    """A row for the base, one for the policy, and one for each run of `names`."""
+    device, known = policy.model.tok_emb.weight.device, tasks.words(corpus.load(args.corpus).text)
+    records, held_out = tasks.make(known, "train", 256), tasks.make(known, "words", 180)
+    scale = ppo.scale_of(judge, policy, records, RLConfig())
+    models = {"base": base(held_out, device), "policy": policy, **{name: open_model(name, device) for name in names}}
+    rows = []
+    with progress(len(models), "looking") as bar:
+        for i, (name, opened) in enumerate(models.items()):
+            if opened is not None:
+                told = look(opened, policy.model, held_out, RLConfig.length, lambda *x: ppo.judged(judge, *x, scale))
+                rows.append({"model": name, "loss": text_loss(opened.model, opened.tokenizer, args.corpus),
+                             "greedy": told["greedy"], "drawn": told["sampled"], "score": told["reward"],
+                             "KL": None if name == "base" else told["kl"]})
+            bar.update(i + 1)
+    return rows
+
+
 def draw(rows: list[dict], log):
-    """The figure: how many answers are right after each way, the likeliest and drawn ones."""
+    """The figure: for each model the loss on the text, right answers, and the score."""
     from matplotlib.figure import Figure  # takes a second
 
-    figure = Figure(figsize=(6, 3))
-    axes = figure.subplots()
-    for i, name in enumerate(("greedy", "drawn")):
-        axes.bar([j + 0.4 * (i - 0.5) for j in range(len(rows))], [row[name] for row in rows], 0.38, label=name)
-    axes.set(xticks=range(len(rows)), ylabel="right answers to new words", ylim=(0, 1))
-    axes.set_xticklabels([row["way"] for row in rows])
-    axes.legend()
-    log.figure(figure, "ways")
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    panels = {"loss on the base's text, nats/char": ["loss"], "right answers to new words": ["greedy", "drawn"],
+              "score by the reward model": ["score"]}  # fmt: skip
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for i, name in enumerate(names):
+            places = [j + 0.4 * (i - (len(names) - 1) / 2) for j in range(len(rows))]
+            axes.bar(places, [row[name] for row in rows], 0.38 if len(names) > 1 else 0.7, label=name)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xticks(range(len(rows)), [row["model"].replace("-", "\n") for row in rows])
+        if len(names) > 1:
+            axes.legend(fontsize="small")
+    log.figure(figure, "pipeline")
 
 
 if __name__ == "__main__":

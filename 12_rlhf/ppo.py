@@ -18,7 +18,7 @@ summarize from human feedback" (2020), and Ouyang et al., "Training language mod
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared import options
@@ -152,12 +152,17 @@ def adapt(beta: float, kl: float, target: float) -> float:
     return beta * (1 + 0.1 * max(-0.2, min(0.2, kl / target - 1)))
 
 
-def judged(judge: Opened, records: list[dict], drawn: Rollout, scale: tuple[float, float] = (0.0, 1.0)):
-    """The reward model's score of each answer, minus a mean, divided by a spread: [B]. One without an end loses 1."""
+def scored(judge: Opened, records: list[dict], drawn: Rollout):
+    """The reward model's score of each answer: [B]."""
     talks = [[*records[i]["messages"][:-1], {"role": "assistant", "content": text}]
              for i, text in zip(drawn.which, drawn.texts, strict=True)]
+    return reward.scores(judge, talks)
+
+
+def judged(judge: Opened, records: list[dict], drawn: Rollout, scale: tuple[float, float] = (0.0, 1.0)):
+    """The score of each answer, minus a mean, divided by a spread: [B]. An answer without an end loses 1."""
     ended = torch.tensor(drawn.ended, dtype=torch.float32)
-    return (reward.scores(judge, talks) - scale[0]) / scale[1] - (1 - ended)
+    return (scored(judge, records, drawn) - scale[0]) / scale[1] - (1 - ended)
 
 
 def ppo_step(run: Run, critic, beta: float, records: list[dict], rewards, step: int) -> dict:
@@ -206,12 +211,12 @@ def open_judge(args, device) -> Opened:
     return reward.load(file, device)
 
 
-def scale_of(judge: Opened, run: Run) -> tuple[float, float]:
-    """Mean and spread of the scores that the reference's answers get: so that rewards begin around 0, of size 1."""
-    records = run.records[:256]
-    first = replace(run.policy, model=run.reference)
-    drawn = rollout(first, [r["messages"][:-1] for r in records], run.config.length, generator=generator(run.config, 0))
-    scores = judged(judge, records, drawn)
+def scale_of(judge: Opened, policy: Opened, records: list[dict], config: RLConfig) -> tuple[float, float]:
+    """Mean and spread of the scores of what a policy answers: so that rewards begin around 0, and are of size 1."""
+    records = records[:256]
+    asked = [record["messages"][:-1] for record in records]
+    drawn = rollout(policy, asked, config.length, config.temperature, generator=generator(config, 0))
+    scores = scored(judge, records, drawn)
     return scores.mean().item(), scores.std().item()
 
 
@@ -223,7 +228,8 @@ def main(argv=None):
     config = options.build(PPOConfig, args)
     judge = open_judge(args, setup(args.device, args.seed))  # first: its training is no part of the run's seconds
     run = begin(args, config, saved)
-    critic, state = copy.deepcopy(judge.model), run.saved or {"beta": config.beta, "scale": scale_of(judge, run)}
+    state = run.saved or {"beta": config.beta, "scale": scale_of(judge, run.policy, run.records, config)}
+    critic = copy.deepcopy(judge.model)
     if run.saved:
         critic.load_state_dict(state["critic"])
     run.optimizer.add_param_group({"params": list(critic.parameters()), "lr": config.value_lr})

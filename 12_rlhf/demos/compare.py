@@ -50,7 +50,7 @@ import ppo
 import tasks
 from chat import open_model
 from hf import Opened
-from learn import RLConfig, Run
+from learn import RLConfig
 from preferences import open_policy
 from rollout import exact, look, rollout
 
@@ -83,7 +83,7 @@ def finish(main, name: str, flags: dict, args) -> dict | None:
 def proxy(judge: Opened, policy: Opened, args):
     """The reward model as a function of records and answers, in units in which the policy's answers have spread 1."""
     records = tasks.make(tasks.words(corpus.load(args.corpus).text), "train", args.records)
-    scale = ppo.scale_of(judge, Run(args, RLConfig(), policy, policy.model, records, [], None))
+    scale = ppo.scale_of(judge, policy, records, RLConfig())
     return lambda records, drawn: ppo.judged(judge, records, drawn, scale)
 
 

@@ -120,7 +120,7 @@ def test_a_resumed_run_is_the_run_itself(method, start, no_figures, monkeypatch,
             told = {k: v for k, v in again[row["step"]].items() if k != "seconds"}
             assert told == row, f"step {row['step']} of the resumed run: {told}, of the whole one: {row}"
     results = [json.loads((place / "summary.json").read_text("utf-8")) for place in (whole, parts)]
-    for name in ("greedy", "sampled", "kl", "tax", "steps"):
+    for name in ("greedy", "sampled", "kl", "tax", "steps", "first_sampled", "first_kl"):
         assert results[0][name] == results[1][name], f"{name}: {results[0][name]} and, resumed, {results[1][name]}"
     with pytest.raises(BadInput, match="has finished its 4 steps"):
         METHODS[method][0](["--resume", "--name", "parts"])

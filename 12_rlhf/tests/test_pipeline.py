@@ -2,53 +2,104 @@
 
 import json
 
+from shared import corpus
 from shared.runlog import run_folder
 
+import little
 import pytest
+import torch
 
+import checkpoint
 import pipeline
-
-TOLD = {"first_greedy": 0.2, "first_sampled": 0.4, "greedy": 0.7, "sampled": 0.6, "kl": 1.5, "tax": 0.1, "seconds": 9.0}
+import ppo
+import tasks
+from chat import form, open_model
+from learn import RLConfig, generator
+from model import GPT, ModelConfig
+from rollout import log_probs, rollout
+from tokenizer import CharTokenizer
 
 
 @pytest.fixture
 def ways(monkeypatch, tmp_path):
-    """Two ways that write a summary as real ones do; the list of the flags that they were called with."""
+    """A policy, a judge, a base, and two ways that leave a changed policy; the list of the flags they are called with.
+    """
     monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    little.runs(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(little.text(), encoding="utf-8")
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer(corpus.load(str(text)).text)
+    (tmp_path / "base").mkdir()
+    model = GPT(ModelConfig(len(tokenizer), **little.SHAPE | {"block_size": 96}))
+    checkpoint.save(tmp_path / "base" / "model.pt", model, tokenizer, optimizer={}, step=0, seconds=0.0, args={})
     called = []
 
-    def make(name, greedy):
+    def make(name, std):
         def way(flags):
             called.append((name, flags))
-            folder = run_folder(pipeline.__file__, name)
+            folder, found = run_folder(pipeline.__file__, name), open_model("little")
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "summary.json").write_text(json.dumps(TOLD | {"greedy": greedy, "reward": 0.3}), "utf-8")
+            model = little.neighbour(found, std)
+            checkpoint.save(folder / "model.pt", model, found.tokenizer, **form(found), optimizer={}, step=0,
+                            seconds=0.0, args={})
+            (folder / "summary.json").write_text(json.dumps({"seconds": 9.0}), "utf-8")
 
         return way
 
-    monkeypatch.setattr(pipeline, "WAYS", {"grpo": (make("grpo", 0.8), []), "ppo": (make("ppo", 0.7), ["--beta", "1"])})
+    monkeypatch.setattr(pipeline, "WAYS", {"grpo": (make("grpo", 0.0), []), "ppo": (make("ppo", 0.1), ["--beta", "1"])})
     return called
 
 
-def test_each_way_is_made_once_and_told(ways, tmp_path, capsys):
-    """Each way runs under its own name with its own flags, is kept the next time, and has a row beside the policy's."""
-    assert pipeline.main(["--only", "grpo", "ppo", "--corpus", "names"]) is None
-    expected = ["--name", "ppo", "--device", "auto", "--corpus", "names"]
-    assert ways[1] == ("ppo", ["--beta", "1", *expected]), "a way does not get its flags, its name or the text"
+@pytest.fixture
+def flags(tmp_path):
+    return ["--policy", "little", "--judge", "judge", "--corpus", str(tmp_path / "text.txt"), "--device", "cpu"]
+
+
+def test_each_way_is_made_once_and_told(ways, flags, tmp_path, capsys):
+    """Each way runs under its own name with its own flags, is kept the next time, and has a row beside the others."""
+    assert pipeline.main(["--only", "grpo", "ppo", *flags]) is None
+    place = str(tmp_path / "text.txt")
+    assert ways[0] == ("grpo", ["--policy", "little", "--corpus", place, "--name", "grpo", "--device", "cpu"]), (
+        "a way does not get its policy, its name or the text")
     rows = json.loads((tmp_path / "pipeline" / "summary.json").read_text("utf-8"))["rows"]
-    assert [(row["way"], row["greedy"]) for row in rows] == [("policy", 0.2), ("grpo", 0.8), ("ppo", 0.7)], (
-        "the first row is the policy before, the others are what each way reached")
-    assert rows[1]["score"] is None and rows[2]["score"] == 0.3, "a score of the reward model is PPO's alone"
-    assert "0.8" in capsys.readouterr().out, "the table is not shown"
-    assert (tmp_path / "pipeline" / "ways.png").stat().st_size > 5000, "the figure of the ways is missing"
-    pipeline.main(["--only", "grpo"])
+    assert [row["model"] for row in rows] == ["base", "policy", "grpo", "ppo"], "a row for each model, in their order"
+    assert [row["seconds"] for row in rows] == [None, None, 9.0, 9.0], "seconds are those of learning"
+    base, policy, same, other = ({k: v for k, v in row.items() if k not in ("model", "seconds")} for row in rows)
+    assert same == policy and policy["KL"] == 0, "a way that changed nothing has the policy's numbers"
+    assert other["KL"] > 0.01 and other["loss"] != policy["loss"] != base["loss"], "rows of different models"
+    assert base["KL"] is None and base["greedy"] == 0, "the base knows no tags: no KL from the policy to it"
+    assert f"{other['loss']:.3f}"[:4] in capsys.readouterr().out, "the table is not shown"
+    assert (tmp_path / "pipeline" / "pipeline.png").stat().st_size > 5000, "the figure is missing"
+    pipeline.main(["--only", "grpo", *flags])
     assert len(ways) == 2, "what was made before is made again without --again"
-    pipeline.main(["--only", "grpo", "--again"])
+    pipeline.main(["--only", "grpo", "--again", *flags])
     assert len(ways) == 3, "--again keeps what was made before"
 
 
-def test_a_stopped_way_stops_all(ways, monkeypatch, tmp_path):
+def test_what_is_looked_at(ways, flags, tmp_path):
+    """Scores are of drawn answers to new words, in spreads of the policy's own; the KL is from the policy."""
+    pipeline.main(["--only", "ppo", *flags])
+    told = json.loads((tmp_path / "pipeline" / "summary.json").read_text("utf-8"))["rows"][-1]
+    assert ways[0][1][:4] == ["--beta", "1", "--judge", "judge"], "PPO does not get its own flags and its judge"
+    known = tasks.words(corpus.load(flags[5]).text)
+    policy, judge, tuned = (open_model("little"), ppo.reward.load(tmp_path / "judge" / "model.pt", "cpu"),
+                            open_model("ppo"))
+    records = tasks.make(known, "train", 256)
+    asked = [r["messages"][:-1] for r in records]
+    first = ppo.scored(judge, records, rollout(policy, asked, 24, generator=generator(RLConfig(), 0)))
+    records = tasks.make(known, "words", 180)
+    asked = [r["messages"][:-1] for r in records]
+    drawn = rollout(tuned, asked, 24, generator=torch.Generator().manual_seed(0))
+    kl = (log_probs(tuned.model, drawn)[0] - log_probs(policy.model, drawn)[0]).sum(1).mean().item()
+    cut = 1 - sum(drawn.ended) / 180
+    score = ((ppo.scored(judge, records, drawn) - first.mean()) / first.std()).mean().item() - cut
+    assert told["KL"] == pytest.approx(kl, rel=1e-4), "the KL is that of drawn answers, from the policy"
+    assert told["score"] == pytest.approx(score, rel=1e-3), "the score is in spreads of the policy's, less 1 for no end"
+
+
+def test_a_stopped_way_stops_all(ways, flags, monkeypatch, tmp_path):
     """Where a way was stopped by Ctrl-C there is nothing to compare: the exit code is 130, and no table is written."""
     monkeypatch.setitem(pipeline.WAYS, "grpo", (lambda flags: 130, []))
-    assert pipeline.main(["--only", "grpo", "ppo"]) == 130, "after a stopped way the others go on"
+    assert pipeline.main(["--only", "grpo", "ppo", *flags]) == 130, "after a stopped way the others go on"
     assert not ways and not (tmp_path / "pipeline").exists(), "a table of ways that were not made"

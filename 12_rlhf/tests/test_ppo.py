@@ -287,17 +287,19 @@ def test_the_reference_stays(opened):
 
 
 def test_rewards_begin_around_0_with_size_1(opened):
-    """The scale of the judge is the mean and the spread of its scores of the reference's answers."""
-    run, _ = start(opened)
-    run.records = RECORDS * 6
-    judge = reward.judge(opened)
+    """The scale of the judge is the mean and the spread of its scores, as they are, of answers drawn by the run's law.
+    """
+    judge, config = reward.judge(opened), PPOConfig(length=6, temperature=1.7)
     torch.nn.init.normal_(judge.model.head.weight)
-    scale = script.scale_of(judge, run)
-    first = replace(opened, model=run.reference)
-    found = judged(judge, run.records, rollout(first, ASKED * 6, 6, generator=generator(run.config, 0)))
-    mean = found.sum().item() / 36
-    spread = math.sqrt((found - mean).square().sum().item() / 35)
-    assert scale == pytest.approx((mean, spread), rel=1e-4), f"{scale}, by hand {mean:.3f} and {spread:.3f}"
+    drawn = rollout(opened, ASKED * 6, 6, 1.7, generator=generator(config, 0))
+    assert not all(drawn.ended), "the test needs an answer that is cut off"
+    talks = [[*ASKED[i % 6], {"role": "assistant", "content": text}] for i, text in enumerate(drawn.texts)]
+    found = reward.scores(judge, talks).tolist()
+    mean = sum(found) / 36
+    spread = math.sqrt(sum((x - mean) ** 2 for x in found) / 35)
+    scale = script.scale_of(judge, opened, RECORDS * 6, config)
+    assert scale == pytest.approx((mean, spread), rel=1e-4), (
+        f"{scale}, by hand {mean:.3f} and {spread:.3f}: another law, or the price of a missing end is in it")
 
 
 @pytest.mark.parametrize(
