@@ -70,14 +70,14 @@ def main(argv=None):
         file = run_folder(__file__, name) / "summary.json"
         if args.again or not file.is_file():
             say(f"\n{name}")
-            flags = [*flags, *(["--judge", args.judge] if name.startswith("ppo") else []), "--policy", args.policy, *text]
-            if way([*flags, "--name", name, "--device", args.device]):
+            judged = ["--judge", args.judge] if name.startswith("ppo") else []
+            if way([*flags, *judged, "--policy", args.policy, *text, "--name", name, "--device", args.device]):
                 return 130
         seconds[name] = json.loads(file.read_text("utf-8"))["seconds"]
     rows = looks(args, policy, judge, list(seconds))
     for row in rows:
         row["seconds"] = seconds.get(row["model"])
-    table("loss on the text of the base, nats per character; right answers to new words; KL from the policy, nats", rows)
+    table("loss on the text of the base; right answers to new words; KL from the policy, nats an answer", rows)
     with RunLog(__file__, "pipeline", vars(args)) as log:
         draw(rows, log)
         log.finish(rows=rows)
