@@ -8,7 +8,6 @@ Every run that is finished is kept in the demo's folder under out/. A demo that 
 after a change of flags, base, text or code it makes all of them again.
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -21,6 +20,7 @@ from statistics import mean, stdev
 from shared import corpus, options
 from shared.atomic import write
 from shared.console import progress, say
+from shared.device import setup
 from shared.errors import BadInput
 from shared.program import command
 from shared.runlog import RunLog, dumps
@@ -71,18 +71,22 @@ class World:
 
 
 def parser(description: str) -> options.Parser:
-    """A parser with the flags of `Scale`, --base and --corpus."""
+    """A parser with the flags of `Scale`, --base, --corpus and --device."""
     made = options.Parser(description=description.split("\n\n")[0])
     made.add_argument("--base", default="base", help="a run of train.py (default: base, which is trained)")
     made.add_argument("--corpus", help="the text of the base, where the tasks' words are from (default: shakespeare)")
     made.add_argument("--families", nargs="+", default=list(FAMILIES), help=f"of tasks (default: {' '.join(FAMILIES)})")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     options.add(made, Scale)
     return made
 
 
 def base(args) -> Opened:
-    """The base that --base names, trained where there is none. Raises BadInput for a model that is tuned already."""
-    opened = open_base(argparse.Namespace(base=args.base, corpus=args.corpus, device="cpu"), "cpu")
+    """The base that --base names, on --device, trained where there is none.
+
+    Raises BadInput for a model that is tuned already.
+    """
+    opened = open_base(args, setup(args.device))
     if opened.template is not None:
         raise BadInput(f"{args.base} answers already: the demos begin with a base, which train.py makes")
     return opened
@@ -166,7 +170,7 @@ def digest(log: RunLog, opened: Opened) -> str:
     found = hashlib.sha256(dumps([settings, opened.tokenizer.state()]).encode("utf-8"))
     found.update(corpus.load(log.config["corpus"]).text.encode("utf-8"))
     for tensor in opened.model.state_dict().values():
-        found.update(tensor.numpy().tobytes())
+        found.update(tensor.cpu().numpy().tobytes())
     for source in sorted([*STAGE.glob("*.py"), *STAGE.glob("extras/*.py"), Path(__file__), STAGE / log.script]):
         found.update(source.read_bytes())
     return found.hexdigest()[:12]

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
 from shared import options
 from shared.console import progress, table
-from shared.device import setup
 from shared.errors import BadInput
 from shared.program import run_program
 from shared.runlog import RunLog
@@ -56,7 +55,7 @@ def start(world: World, variant: str, seed: int) -> Opened:
     opened = ablation.copied(world.opened)
     if variant == "no base":
         torch.manual_seed(seed)
-        opened.model = GPT(opened.model.config)
+        opened.model = GPT(opened.model.config).to(opened.model.tok_emb.weight.device)
     return opened
 
 
@@ -110,7 +109,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(steps=250)
     parser.add_argument("--rounds", type=int, default=12, help="steps of each variant that are timed (default: 12)")
     args = parser.parse_args(argv)
-    setup("cpu")
     scale = options.build(Scale, args)
     if args.rounds < 1:
         raise BadInput(f"--rounds {args.rounds}: time at least one step")

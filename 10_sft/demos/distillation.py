@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
 from shared import options
 from shared.console import table
-from shared.device import setup
 from shared.errors import BadInput
 from shared.program import run_program
 from shared.runlog import RunLog
@@ -73,7 +72,7 @@ def student(opened: Opened, sizes: Sizes, seed: int) -> Opened:
     torch.manual_seed(seed)
     config = ModelConfig(opened.model.config.vocab_size, opened.model.config.block_size, sizes.n_embd,
                          n_layer=sizes.n_layer)
-    return replace(opened, model=GPT(config))
+    return replace(opened, model=GPT(config).to(opened.model.tok_emb.weight.device))
 
 
 def recipe(scale: Scale, sizes: Sizes, seed: int, **more) -> DistillConfig:
@@ -151,7 +150,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(steps=400)
     options.add(parser, Sizes)
     args = parser.parse_args(argv)
-    setup("cpu")
     scale, sizes = options.build(Scale, args), options.build(Sizes, args)
     recipe(scale, sizes, 0)  # what cannot be is refused now
     base = ablation.base(args)

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
 from shared import options
 from shared.console import table
-from shared.device import setup
 from shared.errors import BadInput
 from shared.program import run_program
 from shared.runlog import RunLog
@@ -153,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(steps=400, test=120)
     options.add(parser, Sizes)
     args = parser.parse_args(argv)
-    setup("cpu")
     scale, sizes = options.build(Scale, args), options.build(Sizes, args)
     fewest = round(max(WAYS.values()) * scale.batch_size)
     if not 0 < fewest < scale.batch_size:

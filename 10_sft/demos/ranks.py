@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
 from shared import options
 from shared.console import table
-from shared.device import setup
 from shared.errors import BadInput
 from shared.program import run_program
 from shared.runlog import RunLog
@@ -131,7 +130,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 16, 64], help="default: 1 4 16 64")
     options.add(parser, Sizes)
     args = parser.parse_args(argv)
-    setup("cpu")
     scale, sizes = options.build(Scale, args), options.build(Sizes, args)
     for rank in args.ranks:
         lora.LoRAConfig(rank, sizes.alpha)  # what cannot be is refused now

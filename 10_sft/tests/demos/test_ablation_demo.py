@@ -20,7 +20,7 @@ SCALE = Scale(steps=2, seeds=2, batch_size=4, records=36, test=12)
 
 @pytest.fixture
 def args(text, out):
-    return argparse.Namespace(base="tiny", corpus=str(text), families=["repeat", "add"])
+    return argparse.Namespace(base="tiny", device="cpu", corpus=str(text), families=["repeat", "add"])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from demos.ablation import Scale
 
 def test_each_variant_changes_one_thing(text, out):
     """Without a base the weights are others, drawn by the seed; packing changes no loss but for rounding."""
-    args = argparse.Namespace(base="tiny", corpus=str(text), families=["repeat", "last"])
+    args = argparse.Namespace(base="tiny", device="cpu", corpus=str(text), families=["repeat", "last"])
     scale = Scale(steps=2, seeds=1, batch_size=4, records=24, test=6)
     world = ablation.world(ablation.base(args), args, scale, 0)
     query = {name: choices.start(world, name, 0).model.blocks[0].attn.query.weight for name in choices.VARIANTS}

@@ -55,7 +55,7 @@ def test_the_demo_runs(flags, out, monkeypatch, capsys):
 
 def test_a_step_with_a_teacher_is_timed(text, out):
     """The pace is that of each way's own steps, the first of which is not counted."""
-    args = argparse.Namespace(base="tiny", corpus=str(text), families=["last"])
+    args = argparse.Namespace(base="tiny", device="cpu", corpus=str(text), families=["last"])
     scale = ablation.Scale(steps=1, seeds=1, batch_size=4, records=20, test=5)
     world = ablation.world(ablation.base(args), args, scale, 0)
     found = distillation.pace(world.opened, world.opened.model, world.examples, scale, Sizes(1, 8, rounds=2), 0)

@@ -59,7 +59,7 @@ def test_the_demo_runs(flags, out, capsys):
 
 def test_old_and_new_are_kept_apart(text, out):
     """What is taught last holds the new family alone, and what is looked at as old holds all others."""
-    args = argparse.Namespace(base="tiny", corpus=str(text), families=["repeat", "last", "spell"])
+    args = argparse.Namespace(base="tiny", device="cpu", corpus=str(text), families=["repeat", "last", "spell"])
     scale = ablation.Scale(steps=1, seeds=1, batch_size=4, records=20, test=9)
     world = ablation.world(ablation.base(args), args, scale, 0)
     made = ablation.part(world, args, scale, 0, ["last"])
