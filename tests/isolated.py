@@ -3,6 +3,7 @@
 Where there is no fork (Windows) they are ordinary new processes.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -51,6 +52,8 @@ def kill(process: multiprocessing.Process) -> None:
 def enter(function: Callable, folder: Path, output: Path, args: tuple) -> None:
     """The first thing that the new process does."""
     import torch
+
+    gc.freeze()  # what was imported before the fork stays: a collection that walks through it would copy its memory
 
     if os.name == "posix":
         os.setsid()
