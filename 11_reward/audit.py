@@ -150,7 +150,7 @@ def shaping(opened: Opened, pairs: list[dict]) -> list[dict]:
             elif name == "a potential":
                 more = torch.stack([potential_terms(opened, each["prompt"] + each[side]).sum() for each in pairs])
             else:
-                more = 0.5 * spread * torch.tensor([float(len(each[side][0]["content"])) for each in pairs])
+                more = 3 * spread * torch.tensor([float(len(each[side][0]["content"])) for each in pairs])
             told[side] = scores + more
         kept = (told["chosen"] > told["rejected"]) == (base["chosen"] > base["rejected"])
         rows.append({"added": name, "order kept": kept.float().mean().item()})
