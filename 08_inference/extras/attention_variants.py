@@ -117,6 +117,7 @@ class HeavyConfig(ModelConfig):
 
     budget: int = 32  # positions that each head of keys keeps
     recent: int = 16  # of these, the newest ones; the others are those that were attended to most
+    first: int = 0  # of these others, the first ones of the text: they stay whatever they got
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,6 +125,9 @@ class HeavyConfig(ModelConfig):
             raise BadInput(f"window {self.window}, n_sink {self.n_sink}: leave them out, attention says what is kept")
         if not 1 <= self.recent <= self.budget:
             raise BadInput(f"recent is {self.recent}: it must be at least 1, and at most the budget of {self.budget}")
+        if not 0 <= self.first <= self.budget - self.recent:
+            raise BadInput(f"first is {self.first}: beside the {self.recent} newest the budget has room for 0 to "
+                           f"{self.budget - self.recent}")
 
 
 class HeavyHitterCache:
@@ -139,7 +143,7 @@ class HeavyHitterCache:
 
     def __init__(self, model, batch_size: int = 1, most: int = 1):
         c, like = model.config, model.tok_emb.weight
-        self.budget, self.recent, self.length = c.budget, c.recent, 0
+        self.budget, self.recent, self.first, self.length = c.budget, c.recent, c.first, 0
         nothing = like.new_empty(batch_size, c.n_kv_head, 0, c.head_dim)
         self.keys, self.values = [nothing] * c.n_layer, [nothing] * c.n_layer  # [B, K, S, D] for each layer
         # Attention that each kept position got, [B, K, S]. A sum in bfloat16 would not grow beyond 256.
@@ -171,7 +175,7 @@ class HeavyHitterCache:
         # 4. Keep the newest and the heaviest.
         if S > self.budget:
             rank = got.clone()
-            rank[..., -self.recent:] = math.inf
+            rank[..., -self.recent:] = rank[..., :self.first] = math.inf
             stay = rank.topk(self.budget).indices.sort().values  # [B, K, budget]
             got, places = got.gather(2, stay), stay[..., None].expand(-1, -1, -1, D)
             k, v = k.gather(2, places), v.gather(2, places)

@@ -195,11 +195,14 @@ def test_heavy_hitters_by_hand():
     ], f"the newest and the heaviest stay; kept, with what each got so far: {got}"
 
 
-def test_heavy_hitters_by_enumeration():
+@pytest.mark.parametrize("first", [0, 2])
+def test_heavy_hitters_by_enumeration(first):
     """Each head of keys keeps positions of its own, and no evicted one is looked at again: in dictionaries."""
-    H, K, D, budget, recent = 4, 2, 6, 5, 2
-    cache, generator = cache_for(heavy(n_layer=1, budget=budget, recent=recent), 2), torch.Generator().manual_seed(3)
+    H, K, D, budget, recent = 4, 2, 6, 6, 2
+    cache = cache_for(heavy(n_layer=1, budget=budget, recent=recent, first=first), 2)
+    generator = torch.Generator().manual_seed(3)
     q, k, v = (3 * torch.randn(2, n, 14, D, dtype=torch.float64, generator=generator) for n in (H, K, K))
+    q[..., 0], k[:, :, 1, 0] = 3, -9  # position 1 is looked at by none that comes later: only `first` can keep it
     got, start = [[{} for _ in range(K)] for _ in range(2)], 0  # received so far, by position
     for T in [4, 3, *[1] * 7]:
         new = slice(start, start + T)
@@ -220,11 +223,12 @@ def test_heavy_hitters_by_enumeration():
                             f"position {t} of head {h} looked at another set than {seen}"
                         for w, s in zip(weights.tolist(), seen, strict=True):
                             mine[s] += w
-                order = sorted(mine, key=lambda s: math.inf if s >= start - recent else mine[s])
+                order = sorted(mine, key=lambda s: math.inf if s >= start - recent or s < first else mine[s])
                 got[b][head] = {s: mine[s] for s in sorted(order[-budget:])}
                 kept = k[b, head, list(got[b][head])]
                 assert torch.equal(cache.keys[0][b, head], kept), f"after {start} tokens, head {head} keeps others"
     assert got[0][0].keys() != got[0][1].keys(), "this text should make the heads differ"
+    assert {1 in mine for row in got for mine in row} == {first == 2}, f"first {first}: who still has position 1?"
 
 
 def test_room_for_all_is_full_attention():
@@ -310,6 +314,7 @@ def test_nonsense_is_refused():
     for config, more, cause in (
         (LatentConfig, {"d_latent": 0}, "d_latent is 0"), (LatentConfig, {"d_rope": 3}, "d_rope is 3"),
         (HeavyConfig, {"budget": 2, "recent": 3}, "recent is 3"), (HeavyConfig, {"recent": 0}, "recent is 0"),
+        (HeavyConfig, {"budget": 4, "recent": 2, "first": 3}, "first is 3"),
         (HeavyConfig, {"window": 4}, "window 4"), (SparseConfig, {"block": 0}, "block 0"),
         (SparseConfig, {"block": 3, "n_sink": 1}, "n_sink 1"), (SparseConfig, {"pattern": "dense"}, "dense"),
     ):
