@@ -109,8 +109,11 @@ def draw(first: list[dict], second: list[dict]) -> Figure:
         reach = [row["spread"] or 0 for row in rows] if y == "right" else None
         axes.errorbar([row[x] for row in rows], [row[y] for row in rows], yerr=reach, marker="o", ms=3, capsize=2,
                       label={"right": "ranked right", "sure": "how sure"}[y])
-        axes.set_ylim(top=1)
+        axes.set_ylim(0.5, 1)
     left.set(xscale="log", xlabel="pairs to learn from", ylabel="held-out pairs ranked right")
+    counts = sorted({row["pairs"] for row in first})
+    left.set_xticks(counts, [f"{count:,}" for count in counts], minor=False)
+    left.set_xticks([], minor=True)
     middle.set(xlabel="share of wrong labels")
     middle.legend(fontsize="small")
     for i, name in enumerate(("agreed", "careful", "sure")):
