@@ -64,9 +64,9 @@ FIXED = ("eval_every", "temperature")  # of DPO's recipe, and of no use here
 class Recipe(DPOConfig):
     """The run. Raises BadInput for one that cannot be."""
 
-    steps: int = 80  # optimiser steps
+    steps: int = 40  # optimiser steps
     batch_size: int = 8  # pairs of a step
-    lr: float = 3e-4  # learning rate of the adapters
+    lr: float = 2e-4  # learning rate of the adapters
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the products; auto: the faster on this machine
     shown: int = 4  # held-out questions in the table
     length: int = 60  # most tokens of an answer in the table
