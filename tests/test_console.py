@@ -1,5 +1,7 @@
 """`shared.console`: a live line on a terminal, few plain lines elsewhere, and next to no cost."""
 
+import io
+import math
 import os
 import re
 import sys
@@ -9,6 +11,7 @@ from shared import console
 from shared.console import Progress, clock, number, progress, say, table
 
 import pytest
+from rich.console import Console
 
 from course import on_terminal, run
 
@@ -82,6 +85,47 @@ def test_rate_and_time_left_count_from_the_first_update(monkeypatch):
     clock.now += 10
     bar.update(600, tokens=6_000_000, lr=3e-4)
     assert bar.line(clock.now) == "train  600/1,000  lr 3.0e-04  100,000 tokens/s  1:10  0:40 left"
+
+
+def drawn(monkeypatch, width: int, title: str = "training", **fields) -> str:
+    """The live line of a run of 3,000 steps in its second minute, with `fields`, on a terminal of `width` columns."""
+    clock, screen = Clock(monkeypatch), Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(console, "console", screen)
+    bar = Progress(3000, title)
+    bar.next = math.inf  # no plain lines
+    bar.update(0, tokens=0)
+    clock.now += 75
+    bar.update(1000, loss=1.586, tokens=4_000_000, **fields)
+    screen.print(bar.draw(clock.now))
+    return screen.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (100, "training <20> 1,000/3,000  loss 1.586  53,333 tokens/s  1:15  2:30 left"),
+        (80, "training <20> 1,000/3,000  loss 1.586  1:15  2:30 left"),
+        (60, "training <10> 1,000/3,000  loss 1.586  1:15  2:30 left"),
+        (50, "training 1,000/3,000  loss 1.586  1:15  2:30 left"),
+        (44, "training 1,000/3,000  loss 1.586  2:30 left"),
+        (40, "training 1,000/3,000  2:30 left"),
+        (30, "traini… 1,000/3,000  2:30 left"),
+    ],
+)
+def test_a_narrow_terminal_keeps_the_time_left(monkeypatch, width, line):
+    """Tokens per second go first, then the bar, then the time so far and the loss; the time left never does."""
+    shown = drawn(monkeypatch, width)
+    assert shown.count("\n") == 1, f"the line wraps at {width} columns: {shown!r}"
+    shown = re.sub("[━╸╺]+ *", lambda bar: f"<{len(bar[0]) - 1}> ", shown)  # the bar by its width
+    assert shown.rstrip() == line, f"at {width} columns the time left, or something before its turn, is gone"
+
+
+def test_a_long_text_gives_way_to_the_rest_of_the_line(monkeypatch):
+    """The field `text` may be longer than the terminal: it is cut, and nothing before it."""
+    shown = drawn(monkeypatch, 80, text="abc " * 50)
+    assert "1,000/3,000  loss 1.586  1:15  2:30 left  abc abc…\n" in shown, f"the text pushes the line away: {shown!r}"
+    shown = drawn(monkeypatch, 40, "a title that is longer than the terminal is wide")
+    assert "… 1,000/3,000  2:30 left" in shown, f"the title pushes the line away: {shown!r}"
 
 
 def test_before_the_first_update_and_past_the_end_there_is_a_line_too(capsys):

@@ -163,21 +163,52 @@ def test_a_stalled_download_is_given_up(cache, server, monkeypatch):
 
 def test_network_refused_and_page_not_found(cache, server, monkeypatch):
     server.status = 404
-    refused("shakespeare", "Not Found", "try again")
+    refused("shakespeare", "Not Found", "uv run stages doctor")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt"  # nobody listens there once it is closed
     monkeypatch.setitem(corpus.SOURCES, "shakespeare", replace(corpus.SOURCES["shakespeare"], url=url))
-    refused("shakespeare", "refused", "try again")
+    refused("shakespeare", "refused", "uv run stages doctor")
     assert files(cache.parent.parent) == []
 
 
-def test_without_a_name_the_fallback_is_python_docs_and_one_line_says_so(cache, server, capsys, monkeypatch):
+def no_network(monkeypatch):
+    """No name is found, as on a machine without a network."""
+
+    def unknown(*args, **how):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+
+
+def test_without_a_name_the_fallback_is_python_docs_and_two_short_lines_say_so(cache, capsys, monkeypatch):
+    """Which text it is and what that means, then why and what to do: neither line wraps at 80 columns."""
     monkeypatch.setattr(python_docs, "CHARACTERS", 10_000)
-    server.status = 503
+    no_network(monkeypatch)
     fallback = corpus.load()
     assert fallback == corpus.load("python-docs")
-    out, _ = capsys.readouterr()
-    assert out.count("\n") == 1 and "python-docs instead of shakespeare" in out and server.url in out
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "corpus: python-docs, so no loss compares with those in the READMEs", "what it is, what it means"
+    assert second == "tinyshakespeare.txt cannot be downloaded (no network): see uv run stages doctor", "and why"
+
+
+@pytest.mark.parametrize("folder", ["data", "nowhere"])
+def test_a_stages_data_that_lacks_the_file_is_blamed_too(cache, server, tmp_path, monkeypatch, folder):
+    """It was set for that text: "cannot be downloaded" alone sends the user to look at the network."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("STAGES_DATA", str(tmp_path / folder))
+    server.status = 503
+    blamed = f"tinyshakespeare.txt is not in {tmp_path / folder} (STAGES_DATA) and cannot be downloaded"
+    refused("shakespeare", blamed)
+
+
+def test_whether_a_text_can_be_downloaded_is_known_without_doing_it(cache, server, monkeypatch):
+    """`offline` says why not, keeps nothing, and says nothing where the server answers."""
+    assert corpus.offline(corpus.SOURCES["shakespeare"]) == "", "a server that answers is called unreachable"
+    server.status = 404
+    assert corpus.offline(corpus.SOURCES["shakespeare"]) == "Not Found", "a page that is not there can be downloaded"
+    no_network(monkeypatch)
+    assert corpus.offline(corpus.SOURCES["shakespeare"]) == "no network"
+    assert not cache.exists(), "to ask is not to download"
 
 
 def test_a_damaged_cached_file_is_replaced(cache, server, capsys):
@@ -187,7 +218,7 @@ def test_a_damaged_cached_file_is_replaced(cache, server, capsys):
     assert cache.read_bytes() == TEXT and "damaged" in capsys.readouterr().out
     cache.write_bytes(TEXT[:-1])
     server.status = 500
-    refused("shakespeare", "cannot download")
+    refused("shakespeare", "cannot be downloaded")
 
 
 def test_a_damaged_file_in_stages_data_is_the_users_to_remove(cache, server, tmp_path, monkeypatch):

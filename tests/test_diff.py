@@ -231,7 +231,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_both_sides_letter_by_letter(course, capsys):
-    assert run("2", "--html", "page.html") == 0
+    assert run("2", "--html", "./page.html") == 0
     assert capsys.readouterr().out == "wrote page.html\n"
     page = Page((course / "page.html").read_text("utf-8"))
     for change in compare_stages(find("1"), find("2")):
@@ -246,7 +246,7 @@ def test_the_page_holds_both_sides_letter_by_letter(course, capsys):
 
 
 def test_the_page_needs_nothing_else_and_every_link_leads_to_a_section(course):
-    run("2", "--html", "page.html")
+    run("2", "--html", "./page.html")
     text = (course / "page.html").read_text("utf-8")
     page = Page(text)
     assert page.links == [f"#{name}" for name in page.sections] and len(page.links) == len(TABLE)
@@ -254,6 +254,16 @@ def test_the_page_needs_nothing_else_and_every_link_leads_to_a_section(course):
         "the page asks for something outside itself"
     )
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "pre-wrap" in text
+
+
+def test_a_bare_name_goes_where_git_ignores_it(course, capsys, monkeypatch):
+    """`--html diff.html`, from the root or from a stage, writes the course's out/diff.html and says so."""
+    (course / ".gitignore").write_text("out/\n", "utf-8")
+    monkeypatch.chdir(course / "02_two")
+    assert run("2", "--html", "diff.html") == 0
+    assert capsys.readouterr().out == f"wrote {course / 'out' / 'diff.html'}\n", "where it went is not said"
+    assert not (course / "02_two" / "diff.html").exists(), "git sees a page that nobody wants to commit"
+    assert Page((course / "out" / "diff.html").read_text("utf-8")).sections
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(course, monkeypatch):
@@ -264,7 +274,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(course, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(BadInput, match="No space left"):
-        run("2", "--html", "page.html")
+        run("2", "--html", "./page.html")
     assert (course / "page.html").read_text("utf-8") == "before"
     assert sorted(path.name for path in course.iterdir() if path.is_file()) == ["page.html", "pyproject.toml"]
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections import namedtuple
 
+from shared import corpus
 from shared.corpus import SOURCES
 from shared.stages import doctor
 
@@ -18,11 +19,12 @@ BOUNDS = '[tool.uv]\nconstraint-dependencies = ["torch>=2.11,<9"]\n'
 
 @pytest.fixture
 def course(tmp_path, monkeypatch):
-    """A course on a machine with room on its disk, whose caches and data folder are empty."""
+    """A course on a machine with a network and room on its disk, whose caches and data folder are empty."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
     monkeypatch.delenv("STAGES_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus, "offline", lambda source: "")
     make(tmp_path, {"01_first": {}})
     with (tmp_path / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(BOUNDS)
@@ -42,7 +44,7 @@ def test_each_check_is_one_line_and_a_sound_machine_exits_with_0(course):
     assert found["torch"] == f"ok {torch.__version__}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert found["backward"] == f"ok loss 4, gradient [-4.0, -8.0, -12.0] on {device}"
-    assert found["text: names"] == "ok downloaded when first used (0.2 MB)"
+    assert found["text: names"] == "ok will be downloaded when first used (0.2 MB)"
 
 
 def test_what_the_course_can_do_without_is_missing_with_a_remedy_and_exit_code_0(course, monkeypatch):
@@ -114,3 +116,15 @@ def test_a_damaged_text_is_named_wherever_it_lies(course, monkeypatch):
     for name, folder in (("names", course / "data"), ("shakespeare", course / "cache" / "stages")):
         file = folder / SOURCES[name].file
         assert found[f"text: {name}"] == f"missing {file}: wrong checksum: delete the file"
+
+
+def test_a_text_that_cannot_be_had_here_is_missing_with_its_address(course, monkeypatch):
+    """Without a network nothing is "downloaded when first used": the line says where to get it and where to put it."""
+    monkeypatch.setattr(corpus, "offline", lambda source: "no network")
+    monkeypatch.setenv("STAGES_DATA", str(course / "nowhere"))
+    code, out, _ = stages(course, "doctor")
+    found = lines(out)["text: names"]
+    assert code == 0, "the course can do without: python-docs is inside Python"
+    told = f"missing is not in {course / 'nowhere'} (STAGES_DATA) and cannot be downloaded (no network): get "
+    assert found.startswith(told), f"a folder that lacks the file, or a missing network, is not named: {found}"
+    assert SOURCES["names"].url in found and f"call it {SOURCES['names'].file}" in found, "nobody can fetch it by hand"

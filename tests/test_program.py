@@ -1,6 +1,8 @@
 """`shared.program`: one line and the right exit code for a user's mistake, a traceback for ours."""
 
 import os
+import re
+import subprocess
 import sys
 
 from shared.errors import BadInput
@@ -9,7 +11,7 @@ from shared.program import command, run_program
 import pytest
 import torch
 
-from course import run, write
+from course import on_terminal, run, write
 
 
 def outcome(error, capsys):
@@ -104,3 +106,20 @@ def test_a_bug_while_torch_is_imported_keeps_its_traceback(tmp_path):
     write(tmp_path, {"slow.py": "1 / 0\n", "train.py": "from shared import options\nimport slow\n"})
     code, _, err = run([sys.executable, str(tmp_path / "train.py")])
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize("body", ["print('imported')", "raise KeyboardInterrupt"])
+def test_a_terminal_says_that_torch_is_being_loaded_until_it_is(body, tmp_path):
+    """Said before the import, gone after it or after Ctrl-C; here a small module stands in for torch."""
+    write(tmp_path, {"torch.py": body, "train.py": "from shared import options\nimport torch\nprint('begin')\n"})
+    out = on_terminal([sys.executable, str(tmp_path / "train.py")], stderr=subprocess.STDOUT)
+    said, gone, after = re.match(r"(loading torch…)(?:imported\r\n)?(\r *\r)(.*)", out, re.S).groups()
+    assert len(gone) - 2 == len(said), "the end of a longer line is left on the screen"
+    assert after == ("begin\r\n" if "print" in body else "stopped\r\n"), f"not on a clean line: {out!r}"
+
+
+def test_in_a_pipe_and_for_other_modules_nothing_is_said(tmp_path):
+    """What reads a script's output is not to meet a notice in it."""
+    write(tmp_path, {"torch.py": "", "train.py": "from shared import options\nimport torch\nprint(torch.__name__)\n"})
+    assert run([sys.executable, str(tmp_path / "train.py")]) == (0, "torch\n", "")

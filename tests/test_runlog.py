@@ -2,11 +2,12 @@
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import boards
+from shared import boards, lock
 from shared.atomic import write
 from shared.errors import BadInput
 from shared.runlog import RunLog, read_metrics, run_folder
@@ -15,6 +16,8 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+
+from course import gone, program, run
 
 matplotlib.use("Agg")
 
@@ -42,7 +45,8 @@ def test_a_run_leaves_config_metrics_and_summary_in_its_stage(stage):
     log.metrics(step=1, loss=torch.tensor(2.5), lr=np.float64(0.1), tokens=np.int64(4))
     log.metrics(2, loss=2.0)
     returned = log.finish(speedup=3.5, val_loss=1.5, tokens=8, params=2, steps=2, seconds=1.0, val_bpb=2.25)
-    assert load(log.folder / "config.json") == {"corpus": "names", "seed": 7, "lr": 1e-3, "out": "a"}
+    expected = {"script": "train.py", "corpus": "names", "seed": 7, "lr": 1e-3, "out": "a"}
+    assert load(log.folder / "config.json") == expected
     rows = read_metrics(log.folder)
     assert [row.pop("seconds") >= 0 for row in rows] == [True, True]
     assert rows == [{"step": 1, "loss": 2.5, "lr": 0.1, "tokens": 4}, {"step": 2, "loss": 2.0}]
@@ -78,7 +82,7 @@ def test_a_config_may_be_built_of_dataclasses(stage):
 
     log = RunLog(stage / "train.py", config={"model": Model(), "lr": 0.1})
     log.keep()
-    assert load(log.folder / "config.json") == {"model": {"n_head": 4}, "lr": 0.1}
+    assert load(log.folder / "config.json") == {"script": "train.py", "model": {"n_head": 4}, "lr": 0.1}
 
 
 def finished(stage) -> Path:
@@ -91,8 +95,8 @@ def finished(stage) -> Path:
 
 
 def record(folder: Path) -> dict[str, str]:
-    """What a run's folder holds, by file."""
-    return {file.name: file.read_text("utf-8") for file in folder.iterdir()}
+    """What a run's folder holds, by file, apart from the lock of a run under way."""
+    return {file.name: file.read_text("utf-8") for file in folder.iterdir() if file.name != "lock"}
 
 
 def steps(folder: Path) -> list[int]:
@@ -106,7 +110,7 @@ def test_a_new_run_leaves_the_earlier_one_until_it_keeps_something(stage):
     log.metrics(5, loss=3.0)
     assert record(folder) == before, "a run that is stopped now has cost the earlier one its record"
     log.keep()
-    assert load(folder / "config.json") == {"lr": 0.2} and steps(folder) == [5], "what came before keep() is lost"
+    assert load(folder / "config.json")["lr"] == 0.2 and steps(folder) == [5], "what came before keep() is lost"
     assert not (folder / "summary.json").exists(), "the earlier run's result stands beside the new one's metrics"
     log.metrics(6, loss=2.0)
     assert steps(folder) == [5, 6], "metrics are written at once, for whoever watches"
@@ -121,7 +125,7 @@ def test_finish_keeps_what_no_checkpoint_has_kept(stage):
     log = RunLog(stage / "train.py", config={"lr": 0.2})
     log.metrics(5, loss=3.0)
     log.finish(val_loss=1.25)
-    assert load(folder / "config.json") == {"lr": 0.2} and steps(folder) == [5]
+    assert load(folder / "config.json")["lr"] == 0.2 and steps(folder) == [5]
     assert load(folder / "summary.json")["val_loss"] == 1.25
 
 
@@ -203,6 +207,138 @@ def test_a_board_whose_package_is_missing(stage, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match="wandb is not installed .*: uv pip install wandb, or leave out --board"):
         RunLog(stage / "train.py", board="wandb")
+
+
+LADDER = """<!-- ladder -->
+| stage | model | parameters | training tokens | seconds | val loss (nats/char) | bits/byte |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+| [02_ngram](02_ngram/README.md) | 5-gram, Kneser-Ney | 316,931 | 1,003,847 | 0.059 | 1.561 | 2.252 |
+| [05_transformer](05_transformer/README.md) | transformer | 212,545 | 4,915,200 | 107 | 1.640 | 2.366 |
+| [06_gpt](06_gpt/README.md) | GPT | 208,320 | 6,144,000 | 117 | 1.564 | 2.257 |
+| nanoGPT | CPU recipe, published | 804,096 | 1,536,000 |  | 1.880 | 2.712 |
+
+![9.999](a.png)
+<!-- /ladder -->
+| x | elsewhere | 1 | 1 | 1 | 1.565 | 1 |
+"""
+
+
+@pytest.mark.parametrize(
+    ("loss", "place"),
+    [
+        (1.5801, ": on the ladder between GPT (1.564) and transformer (1.640)"),
+        (1.56400001, ": on the ladder between 5-gram, Kneser-Ney (1.561) and transformer (1.640)"),
+        (2.1, ": worse than all on the ladder, next to CPU recipe, published (1.880)"),
+        (1.2, ": better than all on the ladder, next to 5-gram, Kneser-Ney (1.561)"),
+    ],
+)
+def test_a_language_model_ends_with_its_place_on_the_ladder(stage, capsys, loss, place):
+    """Between which two rungs of the README's table a run on the ladder's text stands; its own rung is no neighbour."""
+    (stage.parent / "README.md").write_text(LADDER, encoding="utf-8")
+    RunLog(stage / "train.py").finish(val_loss=loss, corpus="shakespeare")
+    assert capsys.readouterr().out == f"loss {loss:.3f} on shakespeare{place}\n", "not its neighbours"
+
+
+def test_a_run_on_another_text_ends_with_that_text_and_a_warning(stage, capsys):
+    """2.07 on the Python documentation is no bad 1.56: the text is named beside the loss, and no rung is."""
+    (stage.parent / "README.md").write_text(LADDER, encoding="utf-8")
+    for corpus, name in (("python-docs", "python-docs"), ("/far/away/mine.txt", "mine.txt")):
+        RunLog(stage / "train.py").finish(val_loss=torch.tensor(2.07), corpus=corpus)
+        told = f"loss 2.070 on {name}: not the text of the READMEs' losses\n"
+        assert capsys.readouterr().out == told, "losses on two texts are compared"
+
+
+def test_only_a_language_model_of_a_stages_own_script_has_a_place(stage, capsys, monkeypatch):
+    """No line after a demo, after what is no language model, and from the other processes of a run."""
+    RunLog(stage / "demos" / "sweep.py", "a").finish(val_loss=1.5, corpus="shakespeare")
+    RunLog(stage / "train.py", "b").finish(accuracy=1.0, corpus="shakespeare")
+    RunLog(stage / "train.py", "c").finish(val_loss=1.5)
+    monkeypatch.setenv("RANK", "1")
+    RunLog(stage / "train.py", "d").finish(val_loss=1.5, corpus="shakespeare")
+    assert capsys.readouterr().out == "", "a place on the ladder for what does not stand on it"
+
+
+def test_a_course_without_a_ladder_says_the_loss_and_the_text(stage, capsys):
+    """A stage copied elsewhere, or a README whose table was edited, costs the place and never the run."""
+    for text in (None, "# Course\n", "<!-- ladder -->\n| torn |\n"):
+        if text:
+            (stage.parent / "README.md").write_text(text, encoding="utf-8")
+        RunLog(stage / "train.py").finish(val_loss=1.5, corpus="shakespeare")
+        assert capsys.readouterr().out == "loss 1.500 on shakespeare\n", f"{text!r}"
+
+
+RUN = """
+import sys
+from shared.program import run_program
+from shared.runlog import RunLog
+
+def main():
+    log = RunLog(sys.argv[1])
+    log.metrics(1, loss=1.0)
+    log.keep()
+    print("under way", flush=True)
+    sys.stdin.read()
+
+run_program(main)
+"""
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_one_lives(stage):
+    """Two at once would mix their metrics. A run that was killed leaves its lock behind, which stops nobody."""
+    words = [sys.executable, "-c", RUN, str(stage / "train.py")]
+    folder = stage / "out" / "default"
+    with program(words, stdin=subprocess.PIPE) as first:
+        assert first.stdout.readline() == "under way\n"
+        before = record(folder)
+        with pytest.raises(BadInput, match=f"run 'default' is being made by another process .{first.pid}.: wait") as no:
+            RunLog(stage / "train.py")
+        assert "\n" not in str(no.value) and record(folder) == before, "the second run wrote over the first's record"
+        with pytest.raises(BadInput):
+            RunLog(stage / "train.py", resume=1)
+        RunLog(stage / "train.py", "other").finish()
+    assert (folder / "lock").read_text("utf-8") == str(first.pid), "killed, it cannot have removed its lock"
+    RunLog(stage / "train.py").finish(val_loss=1.0)
+    assert not (folder / "lock").exists(), "a finished run keeps its folder locked"
+
+
+def test_a_run_that_ends_gives_up_its_folder_however_it_ends(stage):
+    """After an error inside `with`, after the end of a program without `with`, and a second run of one process."""
+    folder = stage / "out" / "default"
+    with pytest.raises(ZeroDivisionError):
+        with RunLog(stage / "train.py"):
+            assert (folder / "lock").read_text("utf-8") == str(os.getpid())
+            1 / 0  # noqa: B018
+    assert not (folder / "lock").exists(), "an error keeps the folder locked"
+    code, out, err = run([sys.executable, "-c", RUN, str(stage / "train.py")], stdin=subprocess.DEVNULL)
+    assert (code, out, err) == (0, "under way\n", "") and not (folder / "lock").exists(), "the end of a program too"
+    RunLog(stage / "train.py")
+    RunLog(stage / "train.py", resume=1).finish()
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(stage, monkeypatch):
+    """Both find no lock; the second one to make it does not get it."""
+    (stage / "out" / "default").mkdir(parents=True)
+    unlink = Path.unlink
+
+    def late(file, missing_ok=False):
+        unlink(file, missing_ok)
+        file.write_text(str(os.getppid()), encoding="utf-8")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", late)
+        with pytest.raises(BadInput, match="began with this one"):
+            RunLog(stage / "train.py")
+    assert (stage / "out" / "default" / "lock").exists(), "the other one's lock is removed"
+
+
+@pytest.mark.parametrize("content", ["", "x", "-", "gone"])
+def test_a_lock_of_nobody_is_ignored(stage, content):
+    """An id that no process has, or half a file: a crash must not cost the name of the run."""
+    folder = stage / "out" / "default"
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text(str(gone()) if content == "gone" else content, encoding="utf-8")
+    assert lock.holder(folder) is None
+    RunLog(stage / "train.py").finish()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/x", "-x", "a b", "x\n"])

@@ -22,6 +22,7 @@ console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 REDRAW = 0.2  # seconds between two redraws on a terminal
 PLAIN = 10.0  # seconds, and PLAIN_SHARE of the steps, between two lines elsewhere
 PLAIN_SHARE = 0.1
+BAR, SHORT_BAR = 20, 4  # columns of the bar, and those below which it says nothing
 
 if hasattr(sys.stdout, "reconfigure"):
     # A character that an old Windows code page lacks must not end a run that has trained for minutes.
@@ -104,32 +105,48 @@ class Progress:
         else:
             say(self.line(now))
 
-    def parts(self, now: float) -> list[str]:
-        """What the line says after the bar, most important first: a narrow terminal cuts off its end."""
+    def parts(self, now: float, rate: bool = True) -> list[str]:
+        """What the line says after the bar, with tokens per second or without; the time left is the last."""
         parts = [f"{self.step:,}/{self.total:,}"]
         parts += [f"{key} {number(value)}" for key, value in self.fields.items() if key not in ("tokens", "text")]
         time, step, tokens = self.first or (now, 0, 0)
-        if "tokens" in self.fields and now > time:
+        if rate and "tokens" in self.fields and now > time:
             parts.append(f"{(self.fields['tokens'] - tokens) / (now - time):,.0f} tokens/s")
         parts.append(clock(now - self.begin))
         if step < self.step < self.total:
             parts.append(f"{clock((now - time) * (self.total - self.step) / (self.step - step))} left")
-        if self.fields.get("text"):
-            parts.append(" ".join(str(self.fields["text"]).split()))
         return parts
+
+    def text(self) -> list[str]:
+        """The field `text`, on one line."""
+        return [" ".join(str(self.fields["text"]).split())] if self.fields.get("text") else []
 
     def line(self, now: float) -> str:
         """The plain line."""
-        return "  ".join([self.title, *self.parts(now)])
+        return "  ".join([self.title, *self.parts(now), *self.text()])
 
     def draw(self, now: float) -> Table:
-        """The line with its bar, cut to the width of the terminal."""
+        """The line with its bar, as wide as the terminal: the step and the time left stay whatever the width.
+
+        Where there is no room for all, tokens per second go first, then the bar shrinks and goes, then the time so far
+        and the other fields, the last one first. `text` is cut off, and the title where nothing else helps.
+        """
+        parts, room = self.parts(now), console.width - len(self.title) - 1
+        if len("  ".join(parts)) > room - BAR - 1:
+            parts = self.parts(now, rate=False)
+        bar = min(BAR, room - len("  ".join(parts)) - 1)
+        bar = bar if bar >= SHORT_BAR else 0
+        while len("  ".join(parts)) > room and len(parts) > 2:
+            del parts[-2]
+        cells = [Text(self.title, style="bold"), Text("  ".join([*parts, *self.text()]))]
+        cells[0].truncate(max(1, console.width - len("  ".join(parts)) - 1), overflow="ellipsis")
+        room = console.width - len(cells[0]) - 1
+        if bar:
+            cells.insert(1, ProgressBar(total=max(self.total, 1), completed=self.step, width=bar))
+            room -= bar + 1
+        cells[-1].truncate(max(1, room), overflow="ellipsis")
         grid = Table.grid(padding=(0, 1))
-        grid.add_column(no_wrap=True)
-        grid.add_column(width=20)
-        grid.add_column(no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(total=max(self.total, 1), completed=self.step, width=20)
-        grid.add_row(Text(self.title, style="bold"), bar, Text("  ".join(self.parts(now))))
+        grid.add_row(*cells)
         return grid
 
 

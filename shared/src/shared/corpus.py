@@ -14,6 +14,7 @@ differs.
 import hashlib
 import http.client
 import os
+import socket
 import sys
 import urllib.request
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ SOURCES = {
 def load(name: str | None = None) -> Corpus:
     """The corpus called `name`, or read from the file `name`; newlines are left as they are.
 
-    Without a name it is Tiny Shakespeare, and where that cannot be had, python-docs after a line that says so.
+    Without a name it is Tiny Shakespeare, and where that cannot be had, python-docs after two lines that say so.
     Raises BadInput for an unknown name, a name that is not UTF-8, a text that cannot be had, and a file that cannot be
     read, is empty or is not UTF-8.
     """
@@ -74,7 +75,7 @@ def load(name: str | None = None) -> Corpus:
         try:
             return load("shakespeare")
         except BadInput as error:
-            say(f"corpus: python-docs instead of shakespeare: {error}")
+            say(f"corpus: python-docs, so no loss compares with those in the READMEs\n{error}")
             return load("python-docs")
     if name == "python-docs":
         return Corpus(name, python_docs.text())
@@ -135,6 +136,12 @@ def published(source: Source) -> bytes:
     return data
 
 
+def lacks(source: Source) -> str:
+    """The half of a sentence that blames $STAGES_DATA where it is set: "is not in /data (STAGES_DATA) and "."""
+    folder = os.environ.get("STAGES_DATA")
+    return f"is not in {folder} (STAGES_DATA) and " if folder else ""
+
+
 def stored(file: Path) -> bytes | None:
     """What `file` holds, None if there is none. Raises BadInput."""
     try:
@@ -148,6 +155,21 @@ def stored(file: Path) -> bytes | None:
 def right(data: bytes, source: Source) -> bool:
     """Are these the published bytes?"""
     return hashlib.sha256(data).hexdigest() == source.sha256
+
+
+def reason(error: Exception) -> str:
+    """Why a download failed, for a person."""
+    cause = getattr(error, "reason", None) or error
+    return "no network" if isinstance(cause, socket.gaierror) else str(cause)
+
+
+def offline(source: Source) -> str:
+    """Why the text cannot be downloaded now; "" where it can be."""
+    try:
+        urllib.request.urlopen(source.url, timeout=TIMEOUT / 3).close()
+    except (OSError, http.client.HTTPException) as error:
+        return reason(error)
+    return ""
 
 
 def download(source: Source) -> bytes:
@@ -166,7 +188,8 @@ def download(source: Source) -> bytes:
                 if len(data) > source.size:
                     break
     except (OSError, http.client.HTTPException) as error:
-        raise BadInput(f"cannot download {source.url} ({getattr(error, 'reason', None) or error}): {remedy}") from None
+        cause = f"{source.file} {lacks(source)}cannot be downloaded ({reason(error)})"
+        raise BadInput(f"{cause}: see uv run stages doctor") from None
     if len(data) < source.size:
         raise BadInput(f"{source.url} ended after {len(data):,} of {source.size:,} bytes: {remedy}")
     if not right(data, source):

@@ -4,6 +4,7 @@ Every file but `metrics.jsonl` is written beside its place and renamed, so a rea
 Under `torchrun` only rank 0 writes.
 """
 
+import atexit
 import dataclasses
 import io
 import json
@@ -12,9 +13,11 @@ import re
 import time
 from pathlib import Path
 
-from shared import boards
+from shared import boards, lock
 from shared.atomic import write
+from shared.console import say
 from shared.errors import BadInput
+from shared.stages import ladder
 
 FIGURE_BYTES = 100_000
 
@@ -42,7 +45,8 @@ class RunLog:
     the first checkpoint, or `finish()` write `config.json` and the metrics so far. A run that is refused or stopped
     before leaves the earlier one as it is, and Ctrl-C then says so. A run that resumes after step `resume` goes on with
     the metrics up to there. `board` shows the metrics elsewhere too: "tensorboard" or "wandb".
-    Raises BadInput for a name that is no plain folder name and for a folder that cannot be written to.
+    Raises BadInput for a name that is no plain folder name, for a folder that cannot be written to and while another
+    process makes the run of this name.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class RunLog:
     ):  # fmt: skip
         stage = stage_folder(script)
         self.stage, self.script = stage.name, Path(script).resolve().relative_to(stage).as_posix()
+        self.readme = stage.parent / "README.md"  # the course's, which holds the ladder
         self.folder = run_folder(script, name)
         self.config = json.loads(dumps(config or {}))
         self.begin = time.perf_counter()
@@ -60,6 +65,8 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)  # in each process: the first one may be late
             if not self.writes:
                 return
+            lock.hold(self.folder)
+            atexit.register(lock.release, self.folder)
             if resume:
                 self.rewind(resume)
         except OSError as error:
@@ -71,6 +78,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind, error, trace):
+        if self.writes:
+            lock.release(self.folder)
         if self.board:
             self.board.close()
         if kind is KeyboardInterrupt and self.writes and not self.kept:
@@ -79,7 +88,7 @@ class RunLog:
     def keep(self) -> None:
         """From now on the record is this run's: an earlier one of its name goes, its summary included."""
         if self.writes and not self.kept:
-            write(self.folder / "config.json", dumps(self.config, indent=2) + "\n")
+            self.write_config()
             write(self.folder / "metrics.jsonl", "".join(self.rows))
             (self.folder / "summary.json").unlink(missing_ok=True)
             self.kept = True
@@ -103,7 +112,11 @@ class RunLog:
         file = self.folder / "metrics.jsonl"
         file.touch()
         write(file, "".join(dumps(row) + "\n" for row in read_metrics(self.folder) if row["step"] <= step))
-        write(self.folder / "config.json", dumps(self.config, indent=2) + "\n")  # it may have more steps now
+        self.write_config()  # it may have more steps now
+
+    def write_config(self) -> None:
+        """Write `config.json`: the script, with which a run that was stopped can go on, and its settings."""
+        write(self.folder / "config.json", dumps({"script": self.script} | self.config, indent=2) + "\n")
 
     def figure(self, fig, name: str) -> Path:
         """Write a matplotlib figure to `<name>.png`, less than 100 kB (fewer dots per inch if need be); close it."""
@@ -125,15 +138,20 @@ class RunLog:
 
         It holds the stage, the script and the run's name, and unless given `corpus` and `seed` from the config and
         `seconds` since the run began. A language model gives `params`, `tokens`, `steps`, `val_loss` in nats per
-        character and `val_bpb`, and every script its own headline figures.
+        character and `val_bpb`, and every script its own headline figures. Where a stage's own script, no demo, trained
+        a language model, one line says on which text, and where its loss stands on the ladder.
         """
         known = {"stage": self.stage, "script": self.script, "run": self.folder.name}
         known |= {key: self.config[key] for key in ("corpus", "seed") if key in self.config}
-        summary = {**known, "seconds": round(time.perf_counter() - self.begin, 2), **headline}
+        seconds = round(time.perf_counter() - self.begin, 2)
+        summary = json.loads(dumps({**known, "seconds": seconds, **headline}))
         if self.writes:
             self.keep()
             write(self.folder / "summary.json", dumps(summary, indent=2) + "\n")
-        return json.loads(dumps(summary))
+            lock.release(self.folder)
+            if {"val_loss", "corpus"} <= summary.keys() and "/" not in self.script:
+                say(ladder.place(summary["val_loss"], summary["corpus"], self.readme))
+        return summary
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -9,7 +9,7 @@ from shared.console import console, say, table
 from shared.errors import BadInput
 from shared.stages import html
 from shared.stages.definitions import Change, compare_stages, fold
-from shared.stages.repo import Stage, before, find
+from shared.stages.repo import Stage, before, find, root
 
 from rich.syntax import Syntax
 from rich.text import Text
@@ -77,9 +77,16 @@ def show(changes: list[Change]) -> None:
             console.print(Text(f"\nremoved: {', '.join(removed)}", style="dim"), soft_wrap=True)
 
 
-def save(file: Path, text: str) -> None:
-    """Write the page, whole or not at all. Raises BadInput where it cannot be written."""
+def save(name: str, text: str) -> None:
+    """Write the page, whole or not at all; one without a folder into the course's `out`, which git does not look at.
+
+    Raises BadInput where it cannot be written.
+    """
+    file = Path(name)
     try:
+        if name and name == file.name:
+            file = root() / "out" / name
+            file.parent.mkdir(exist_ok=True)
         if file.is_dir():
             raise BadInput(f"{file} is a folder: name a file in it")
         write(file, text)
@@ -93,7 +100,7 @@ def command(args: argparse.Namespace) -> int:
     changes = fold(compare_stages(old, new), new)
     if args.file:
         changes = only(changes, args.file, old, new)
-    if args.html:
+    if args.html is not None:
         save(args.html, html.page(old, new, changes))
     elif not changes:
         say(f"no definition {f'of {args.file} ' if args.file else ''}differs between {old.name} and {new.name}")
@@ -110,5 +117,5 @@ def add(subparsers) -> None:
     parser.add_argument("second", metavar="B", nargs="?", help="the stage to compare A with")
     parser.add_argument("--stat", action="store_true", help="only the table")
     parser.add_argument("--file", metavar="model.py", help="only this file")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page, old and new side by side")
+    parser.add_argument("--html", metavar="FILE", help="write a page, old and new side by side; a bare name: into out/")
     parser.set_defaults(func=command)

@@ -97,7 +97,7 @@ def dot() -> Finding:
 
 
 def text(name: str) -> Finding:
-    """Where a published text is, without downloading it."""
+    """Where a published text is, or whether it can be downloaded, without doing it."""
     source = corpus.SOURCES[name]
     given = os.environ.get("STAGES_DATA")
     for where, folder in (("STAGES_DATA", given), ("cache", corpus.cache_folder())):
@@ -107,7 +107,10 @@ def text(name: str) -> Finding:
             except BadInput as error:
                 return Finding(False, where, str(error))
             return Finding(whole, f"in {where}" if whole else f"{file}: wrong checksum", "delete the file")
-    return Finding(True, f"downloaded when first used ({source.size / 1e6:.1f} MB)")
+    if reason := corpus.offline(source):
+        remedy = f"get {source.url} elsewhere, call it {source.file}, and set STAGES_DATA to its folder"
+        return Finding(False, f"{corpus.lacks(source)}cannot be downloaded ({reason})", remedy)
+    return Finding(True, f"{corpus.lacks(source)}will be downloaded when first used ({source.size / 1e6:.1f} MB)")
 
 
 def backward() -> Finding:

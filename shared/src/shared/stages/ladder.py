@@ -14,10 +14,12 @@ a list `rungs` of such objects, each with a `name`. A summary without `val_loss`
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 from shared.atomic import write
 from shared.console import console, say
@@ -159,6 +161,27 @@ def rewrite(text: str, block: str) -> str:
         raise BadInput(f"README.md needs the markers {START} and {END}, once and in this order")
     before, after = text.split(START)[0], text.split(END)[1]
     return f"{before}{START}\n{block}\n{END}{after}"
+
+
+def place(loss: float, corpus: str, readme: Path) -> str:
+    """A loss, its text, and its neighbours on the ladder in the README where the text is the ladder's.
+
+    "loss 1.580 on shakespeare: on the ladder between GPT (1.564) and transformer (1.640)"
+    """
+    told = f"loss {loss:.3f} on {Path(corpus).name}"
+    if corpus != "shakespeare":
+        return f"{told}: not the text of the READMEs' losses"
+    text = readme.read_text("utf-8") if readme.is_file() else ""
+    table = text.partition(START)[2].partition(END)[0]
+    rows = re.findall(r"^\|[^|]+\| ([^|]+) \|[^|]+\|[^|]+\|[^|]+\| (\d+\.\d+) \|", table, re.M)
+    known = [(float(other), f"{name} ({other})") for name, other in rows]
+    better = max((rung for rung in known if rung[0] < round(loss, 3)), default=None)
+    worse = min((rung for rung in known if rung[0] > round(loss, 3)), default=None)
+    if better and worse:
+        return f"{told}: on the ladder between {better[1]} and {worse[1]}"
+    if better:
+        return f"{told}: worse than all on the ladder, next to {better[1]}"
+    return f"{told}: better than all on the ladder, next to {worse[1]}" if worse else told
 
 
 def command(args: argparse.Namespace) -> int:

@@ -3,8 +3,8 @@
 import argparse
 
 from shared.console import console, say
-from shared.stages import repo
-from shared.stages.results import Progress, read_progress, summaries
+from shared.stages import practice, repo
+from shared.stages.results import Progress, read_progress, summaries, unfinished
 
 from rich.markup import escape
 from rich.table import Table
@@ -56,11 +56,19 @@ def show(args: argparse.Namespace) -> int:
     table.add_column("title", ratio=1)
     table.add_column("checkpoints", justify="right", no_wrap=True)
     table.add_column("val loss", justify="right", no_wrap=True)
+    practised = {stage: practice.progress(stage) for stage in stages}
+    if any(practised.values()):
+        table.add_column("practice", justify="right", no_wrap=True)
     for stage in stages:
         progress = record.get(stage.name)
         style = "" if progress is None else "green" if progress.complete else "red"
         checkpoints = f"[{style}]{passed(progress)}[/]" if style else ""
-        table.add_row(stage.name, escape(stage.title), checkpoints, escape(best_loss(stage)))
+        shown = [practised[stage]] if any(practised.values()) else []
+        table.add_row(stage.name, escape(stage.title), checkpoints, escape(best_loss(stage)), *shown)
     console.print(table)
-    say(f"\nnext: {advice(stages, record)}")
+    say()
+    for stage in stages:
+        for go_on in unfinished(stage):
+            say(f"unfinished: {go_on}")
+    say(f"next: {advice(stages, record)}")
     return 0

@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from shared import lock
 from shared.atomic import write
+from shared.program import command
 from shared.stages.repo import Stage
 
 
@@ -48,3 +50,18 @@ def summaries(stage: Stage) -> dict[str, dict]:
         except (OSError, ValueError, TypeError):
             continue  # not written by a run of this course
     return found
+
+
+def unfinished(stage: Stage) -> list[str]:
+    """The commands that continue the stage's stopped runs: those of scripts with --resume, and without a summary."""
+    commands = []
+    for file in sorted(stage.path.glob("out/*/config.json")):
+        try:
+            config = dict(json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue  # not written by a run of this course
+        folder = file.parent
+        done = (folder / "summary.json").exists() or lock.holder(folder) is not None
+        if {"resume", "script"} <= config.keys() and not done:
+            commands.append(command(stage.name, config["script"], "--resume", "--name", folder.name))
+    return commands

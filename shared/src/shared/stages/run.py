@@ -19,12 +19,12 @@ def scripts(stage: Stage) -> list[str]:
 def choose(stage: Stage, words: list[str]) -> tuple[str, list[str]]:
     """Split what follows the stage into a script and its arguments.
 
-    [] -> ("train.py", []), ["--steps", "9"] -> ("train.py", ["--steps", "9"]), ["sample"] -> ("sample.py", []).
-    Raises BadInput for an unknown script.
+    [] -> ("train.py", []), ["--steps", "9"] -> ("train.py", ["--steps", "9"]), ["sample"] -> ("sample.py", []),
+    and ["moons"] -> ("demos/moons.py", []). Raises BadInput for an unknown script.
     """
     if not words or words[0].startswith("-"):
         return stage.main, words
-    for name in (words[0], words[0] + ".py"):
+    for name in (folder + words[0] + end for folder in ("", "extras/", "demos/") for end in ("", ".py")):
         file = (stage.path / name).resolve()
         if file.suffix == ".py" and file.is_file() and file.is_relative_to(stage.path.resolve()):
             return file.relative_to(stage.path.resolve()).as_posix(), words[1:]
