@@ -129,6 +129,8 @@ def test_a_wrong_promise_is_noticed(old, new, problem, tmp_path):
     [
         ("## Traps\n", ""),
         ("## Traps\n## Exercises\n", "## Exercises\n## Traps\n"),
+        ("## Traps\n", "## More measurements\n## Traps\n"),
+        ("## References\n", "## References\n## More measurements\n"),
         ("since 01", "since 02"),
         ("since 01", "since then"),
         ("## Measured", "## Results"),
@@ -140,5 +142,6 @@ def test_a_missing_or_misplaced_section_is_noticed(old, new):
     assert not missing_sections(README, 2)
     assert missing_sections(README.replace(old, new, 1), 2)
     assert not missing_sections(README.replace("since 01", "since 01_first"), 2)
+    assert not missing_sections(README.replace("## References\n", "## More measurements\n## References\n"), 2)
     first = README.replace("## What changed since 01\n", "")
     assert not missing_sections(first, 1) and missing_sections(first, 2)

@@ -1,15 +1,20 @@
-"""Checkpoints of the speedrun: each record adds one idea, each idea does what it says, and all read as many tokens."""
+"""Checkpoints of the speedrun: each record adds one idea, each idea does what it says, and counts are exact."""
 
 import itertools
+import json
+from collections import Counter
+from fractions import Fraction
 
 from shared.errors import BadInput
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from demos.speedrun import Ideas, Racer, SquaredReLU, corrupt, main, plans, stream
+from demos.counts import Counts
+from demos.speedrun import Ideas, PlainNorm, Racer, SquaredReLU, judge, main, plans
 from model import GPT, ModelConfig
-from train import TrainConfig, make_optimizer
+from train import TrainConfig, evaluate, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -70,39 +75,125 @@ def test_silent_branches_and_plain_norms():
         assert torch.equal(block(x, rope), x), "a branch says something at the start"
     scales = [name for name, _ in racer.named_parameters() if "blocks" in name and "norm" in name]
     assert not scales, "a norm has a scale"
+    y = PlainNorm()(3 * x + 1)
+    torch.testing.assert_close(y.mean(-1), torch.zeros(2, 8), atol=1e-6, rtol=0, msg="a mean is left")
+    torch.testing.assert_close(y.var(-1, correction=0), torch.ones(2, 8), atol=1e-4, rtol=0, msg="a spread is not 1")
 
 
-def test_three_in_a_hundred_tokens_are_replaced():
-    """3 % of the tokens are drawn anew, so a little less changes; the rest stays, and so does the original."""
-    x = torch.randint(11, (200, 500))
-    before = x.clone()
-    y = corrupt(x, 11, torch.Generator().manual_seed(1))
-    assert (y != x).float().mean().item() == pytest.approx(0.03 * 10 / 11, rel=0.05), "another share of tokens changed"
-    assert torch.equal(x, before), "the text itself was changed"
+def test_smear_gives_a_share_of_the_token_before():
+    """It starts as nothing. With shares, position t gets its own embedding and that share of position t - 1's."""
+    racer, plain = Racer(small(), Ideas(smear=True)), GPT(small())
+    plain.load_state_dict({name: p for name, p in racer.state_dict().items() if "smear" not in name})
+    x = torch.randint(11, (3, 8))
+    assert torch.equal(racer(x), plain(x)), "before training, smear is not silent"
+    share = torch.randn(12)
+    racer.smear.norm.data = share
+    table, seen = racer.tok_emb.weight, []
+    racer.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    racer(x)
+    for b, t in [(0, 0), (0, 1), (2, 7)]:
+        expected = table[x[b, t]] + (share * table[x[b, t - 1]] if t else 0)
+        torch.testing.assert_close(seen[0][b, t], expected, msg=lambda m: f"not a share of the token before: {m}")
+    _, scales = make_optimizer(racer, TrainConfig()).optimizers["adamw"].param_groups
+    assert any(p is racer.smear.norm for p in scales["params"]), "the shares are decayed, as scales must not be"
 
 
-def test_short_windows_hold_as_many_tokens():
-    """For 40 % of the steps windows are half as long and twice as many; then they are whole. Targets are the text's."""
-    data = type("Data", (), {"train": torch.arange(2000) % 11})
-    config = TrainConfig(steps=10, batch_size=4)
-    shapes = []
-    for x, y in itertools.islice(stream(data, GPT(small()), config, Ideas(short=True, noise=True)), 10):
-        shapes.append(tuple(x.shape))
-        assert torch.equal(y[:, 1:], (y[:, :-1] + 1) % 11), "the targets were replaced as well"
-    assert shapes == 4 * [(8, 4)] + 6 * [(4, 8)], "not 40 % of the steps, or not as many tokens"
+def test_smear_looks_only_back():
+    """A token changes no score before its own place, nor in other rows."""
+    racer = Racer(small(), Ideas(smear=True))
+    racer.smear.norm.data.normal_()
+    x = torch.randint(10, (3, 8))
+    other = x.clone()
+    other[1, 5] += 1
+    same = (racer(x) == racer(other)).all(dim=-1)
+    assert same[:, :5].all() and same[[0, 2]].all(), "a token is seen before its place"
+    assert not same[1, 5:7].any(), "a token does not reach its own place and the next"
 
 
-@pytest.mark.parametrize("words", [["--records", "0"], ["--records", "9"], ["--rounds", "3"], ["--steps", "0"]])
+def kneser_ney(text: list[int], order: int, V: int):
+    """P(token | context) with dictionaries and fractions, from Chen & Goodman's equations 24 to 27."""
+    counts = {order: Counter(tuple(text[i:i + order]) for i in range(len(text) - order + 1))}
+    for n in range(order - 1, 0, -1):
+        counts[n] = Counter(gram[1:] for gram in counts[n + 1])  # different tokens before it
+
+    def discount(n, c):
+        seen = Counter(counts[n].values())
+        i, y = min(c, 3), Fraction(seen[1], max(1, seen[1] + 2 * seen[2]))
+        return max(Fraction(0), i - (i + 1) * y * Fraction(seen[i + 1], max(1, seen[i]))) if c else 0
+
+    def prob(token, context):
+        n = len(context) + 1
+        lower = prob(token, context[1:]) if context else Fraction(1, V)
+        after = {y: counts[n][(*context, y)] for y in range(V)}
+        if not sum(after.values()):
+            return lower
+        freed = sum(discount(n, c) for c in after.values())
+        return (after[token] - discount(n, after[token]) + freed * lower) / sum(after.values())
+
+    return prob
+
+
+TEXT = [int(c) for c in "0120120312012301120122013012012031201"]
+
+
+def test_the_counts_are_kneser_neys():
+    """Each token's probability is that of dictionaries and fractions, of the contexts that stand inside the window."""
+    counts, prob = Counts(torch.tensor(TEXT), 5, order=3), kneser_ney(TEXT, 3, 5)
+    x = torch.tensor([[0, 1, 2, 0], [3, 3, 1, 2], [1, 1, 2, 4]])
+    y = torch.tensor([[1, 2, 0, 1], [3, 1, 2, 3], [1, 2, 4, 0]])
+    found = counts.prob(x, y)
+    for b, t in itertools.product(range(3), range(4)):
+        context = tuple(x[b, max(0, t - 1):t + 1].tolist())
+        expected = pytest.approx(float(prob(y[b, t].item(), context)), rel=1e-12)
+        assert found[b, t].item() == expected, f"not Kneser-Ney's probability of {y[b, t]} after {context}"
+
+
+def test_counts_worked_by_hand():
+    """0 1 0 1 0 2, pairs: 0 1 and 1 0 twice, 0 2 once. Y = 1 / 5, D1 = 1 - 2 Y 2 = 0.2, D2 = 2, so 0 frees 2.2 of 3.
+
+    Each token has one other before it, so all that is freed goes to 1 / 4 of four tokens.
+    """
+    counts = Counts(torch.tensor([0, 1, 0, 1, 0, 2]), 4, order=2)
+    found = counts.prob(torch.zeros(4, 1, dtype=torch.long), torch.arange(4)[:, None])[:, 0].tolist()
+    assert found == pytest.approx([2.2 / 12, 2.2 / 12, (0.8 + 2.2 / 4) / 3, 2.2 / 12]), "not Kneser-Ney's law after 0"
+
+
+def test_the_counts_are_a_law():
+    """After every context, seen or not, the probabilities of all tokens sum to 1, and none is 0."""
+    counts = Counts(torch.tensor(TEXT), 5, order=3)
+    x = torch.cartesian_prod(*3 * [torch.arange(5)])  # [125, 3]
+    laws = torch.stack([counts.prob(x, torch.cat([x[:, 1:], torch.full((125, 1), y)], dim=1)) for y in range(5)])
+    last = laws[..., -1]  # [5, 125]
+    torch.testing.assert_close(last.sum(0), torch.ones(125).double(), msg=lambda m: f"no law: {m}")
+    assert (last > 0).all(), "a token is impossible"
+
+
+def test_judging_alone_and_mixed():
+    """The model alone as `evaluate` has it; mixed: 0.7 of its probability and 0.3 of the counts', over all."""
+    config, text = small(), torch.tensor(TEXT)
+    model, counts = GPT(config), Counts(torch.tensor(TEXT[::-1]), 11, order=3)
+    alone, mixed = judge(model, text, counts, "float32")
+    assert alone == pytest.approx(evaluate(model, text), rel=1e-5), "not the loss that `evaluate` gives"
+    total = 0.0
+    for begin in range(0, len(TEXT) - 1, config.block_size):  # four whole windows, and one of four tokens
+        x, y = (text[None, begin + i:begin + i + config.block_size] for i in (0, 1))
+        x = x[:, :y.shape[1]]
+        p = F.softmax(model(x), dim=-1)[0].gather(1, y[0, :, None])[:, 0]
+        total -= (0.7 * p + 0.3 * counts.prob(x, y)[0]).log().sum().item()
+    assert mixed == pytest.approx(total / (len(TEXT) - 1), rel=1e-5), "not the mean over all tokens of the mixture"
+
+
+@pytest.mark.parametrize("words", [["--records", "0"], ["--records", "7"], ["--rounds", "3"], ["--steps", "0"]])
 def test_bad_input_is_one_line(words):
     """A record that does not exist and sizes that cannot be are one line."""
     with pytest.raises(BadInput, match=words[0]):
         main(words)
 
 
-def test_the_demo_runs(tmp_path, monkeypatch):
-    """Two records of a few steps end with a table and the lowest loss."""
-    monkeypatch.setenv("STAGES_OUT", str(tmp_path / "out"))
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat, the dog sat on the log; " * 600, encoding="utf-8")
-    main(["--records", "1", "8", "--steps", "5", "--rounds", "4", "--corpus", str(text)])
-    assert list((tmp_path / "out").rglob("summary.json")), "no record was kept"
+def test_the_demo_runs(text, out):
+    """A record of a few steps ends with a summary, and so does the long one, which is the last."""
+    main(["--records", "1", "--steps", "2", "--rounds", "4", "--corpus", str(text)])
+    main(["--long", "--steps", "2", "--rounds", "4", "--corpus", str(text)])
+    found = {path.parent.name: json.loads(path.read_text())["rows"] for path in out.rglob("summary.json")}
+    assert [row["record"] for row in found["speedrun"]] == [1], "not the record that was asked for"
+    assert [row["record"] for row in found["speedrun-long"]] == [6], "long is not the last record"
