@@ -219,7 +219,7 @@ def draw_field(axes, probability: Callable, points, classes, margin: float, cell
 
 def draw_xor(alone: list[TableRun], layered: list[TableRun]) -> Figure:
     """One neuron at its best, a hidden layer, and the loss of every start of both."""
-    fig = Figure(figsize=(9, 2.8), layout="constrained")
+    fig = Figure(figsize=(8, 2.8), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
     best = max(alone, key=lambda run: run.best)
     for parameter, weight in zip(best.model.parameters(), best.best_weights, strict=True):
@@ -228,13 +228,16 @@ def draw_xor(alone: list[TableRun], layered: list[TableRun]) -> Figure:
     for axes, run, title in ((left, best, "one neuron"), (middle, solved, "hidden layer")):
         draw_field(axes, partial(table_probability, run.logit), CORNERS, XOR, margin=0.4, cells=40)
         axes.set_title(f"XOR, {title}: {table_accuracy(run.logit, XOR):.0%}", fontsize=10)
+        axes.set(xlabel="first input", ylabel="second input", xticks=[0, 1], yticks=[0, 1])
+        for (x, y), target in zip(CORNERS, XOR, strict=True):
+            axes.annotate(target, (x, y), (6, 6), textcoords="offset points")
     for runs, colour, name in ((alone, "C3", "one neuron"), (layered, "C0", "hidden layer")):
         for i, run in enumerate(runs):
             right.plot(run.losses, color=colour, alpha=0.5, linewidth=1, label=name if i == 0 else None)
     right.axhline(math.log(2), color="black", linewidth=0.8, linestyle=":")
     right.set_title(f"loss from {len(alone)} starts (dotted: ln 2)", fontsize=10)
-    right.set(xlabel="step", yscale="log")
-    right.legend()
+    right.set(xlabel="step", ylabel="cross-entropy", yscale="log")
+    right.legend(loc="upper right", bbox_to_anchor=(1, 0.92))
     return fig
 
 

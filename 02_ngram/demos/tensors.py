@@ -1,8 +1,11 @@
 """The tensor operations that the rest of the course uses, each with the result it prints.
 
     uv run stages run 02 demos/tensors.py
+
+Each `# %%` starts a cell: VS Code runs one with Shift+Enter and shows what it prints. Change a cell and run it again.
 """
 
+# %%
 import argparse
 import sys
 from pathlib import Path
@@ -15,6 +18,18 @@ from shared.program import run_program
 
 import torch
 import torch.nn.functional as F
+
+# Python sets `sys.ps1`, its prompt, where somebody types: in a terminal, in a notebook, and where cells are run.
+CELLS = __name__ == "__main__" and hasattr(sys, "ps1")
+PARTS = []
+
+
+def part(function):
+    """Mark one part of the demo. A cell shows its part at once, the script shows all of them in turn."""
+    PARTS.append(function)
+    if CELLS:
+        function()
+    return function
 
 
 def title(text: str):
@@ -29,6 +44,8 @@ def show(code: str, value, note: str = ""):
     say(f">>> {code}" + (f"  # {note}" if note else "") + f"\n{text}")
 
 
+# %%
+@part
 def shapes():
     title("1. A tensor is numbers, a shape and a type")
     x = torch.arange(6).view(2, 3)
@@ -40,6 +57,8 @@ def shapes():
     show("x[1, 2].item()", x[1, 2].item(), "a plain Python number again")
 
 
+# %%
+@part
 def indexing():
     title("2. Indexing")
     x = torch.arange(6).view(2, 3)
@@ -53,6 +72,8 @@ def indexing():
     show("table[rows]", table[rows], "a row for each token: all that an embedding does")
 
 
+# %%
+@part
 def broadcasting():
     title("3. Broadcasting: shapes are lined up from the right, and an axis of size 1 is repeated")
     x = torch.arange(6).view(2, 3)
@@ -64,6 +85,8 @@ def broadcasting():
     show("square / square.sum(1)", square / square.sum(1), "[2, 2] / [2]: the trap. No row sums to 1, and no error")
 
 
+# %%
+@part
 def memory():
     title("4. One memory, many shapes")
     x = torch.arange(6)
@@ -78,6 +101,8 @@ def memory():
     show("y.T.contiguous().view(6)", y.T.contiguous().view(6), "the same, said aloud")
 
 
+# %%
+@part
 def windows():
     title("5. Windows of a text")
     text = torch.arange(5)
@@ -89,6 +114,8 @@ def windows():
     show("rows[:, -1]", rows[:, -1], "targets")
 
 
+# %%
+@part
 def counting():
     title("6. Counting")
     tokens = torch.tensor([3, 1, 3, 3, 1])
@@ -105,6 +132,8 @@ def counting():
          torch.zeros(2, dtype=torch.long).index_add(0, groups, tokens), "1 + 1 and 3 + 3 + 3: sums by group")
 
 
+# %%
+@part
 def loss():
     title("7. From scores to a loss")
     logits = torch.tensor([[0.0, 0.0], [3.0, 1.0]])
@@ -118,6 +147,8 @@ def loss():
     show("F.cross_entropy(logits, targets)", F.cross_entropy(logits, targets), "the same from the scores, in one step")
 
 
+# %%
+@part
 def gradients():
     title("8. Gradients")
     w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -134,6 +165,8 @@ def gradients():
     show("w", w, "after w -= 0.1 * w.grad: one step against the gradient")
 
 
+# %%
+@part
 def matrices():
     title("9. Matrix products")
     a, b = torch.arange(6).view(2, 3), torch.arange(3).view(3, 1)
@@ -144,12 +177,13 @@ def matrices():
     show("(stack @ stack.transpose(1, 2)).shape", tuple((stack @ stack.transpose(1, 2)).shape), "five products at once")
 
 
+# %%
 def main(argv=None):
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    for part in (shapes, indexing, broadcasting, memory, windows, counting, loss, gradients, matrices):
-        part()
+    for function in PARTS:
+        function()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not CELLS:
     run_program(main)

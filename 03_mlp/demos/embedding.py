@@ -70,14 +70,32 @@ def same_group(chars: str, nearest) -> dict[str, dict[str, float]]:
     return rows
 
 
+def apart(points, gap: float, rounds: int = 200):
+    """Push points [V, 2] away from each other until no two are closer than `gap`: places for labels that can be read.
+
+    Two points 1 apart on a line, gap 2: they move by half of what is missing, [0, 1] -> [-0.5, 1.5].
+    """
+    for _ in range(rounds):
+        away = points[:, None] - points  # [V, V, 2]
+        distance = away.norm(dim=-1, keepdim=True).clamp(min=1e-6)  # [V, V, 1]
+        points = points + (away / distance * (gap - distance).clamp(min=0) / 2).sum(dim=1)
+    return points
+
+
 def draw(points, shares, chars: str) -> Figure:
-    """The map of the characters: points [V, 2]."""
+    """The map of the characters: points [V, 2]. A line leads from a label that had to make room to its point."""
     fig = Figure(figsize=(8, 6.5), layout="constrained")
     axes = fig.subplots()
     axes.scatter(*points.T, s=0)  # sets the limits: text alone does not
-    for (x, y), char in zip(points.tolist(), chars, strict=True):
+    size = points.max(dim=0).values - points.min(dim=0).values
+    places = apart(points / size, gap=0.04) * size
+    moves = ((places - points) / size).norm(dim=1).tolist()
+    for (x, y), (to_x, to_y), moved, char in zip(points.tolist(), places.tolist(), moves, chars, strict=True):
         label = NAMES.get(char, char if char.isalnum() else f"“{char}”")  # a lone point would be a speck
-        axes.text(x, y, label.replace("$", r"\$"), color=COLORS[group(char)], ha="center", va="center", fontsize=11)
+        color = COLORS[group(char)]
+        if moved > 0.012:  # of the width of the map
+            axes.plot([x, to_x], [y, to_y], ".-", markevery=[0], color=color, linewidth=0.6, markersize=3, alpha=0.6)
+        axes.text(to_x, to_y, label.replace("$", r"\$"), color=color, ha="center", va="center", fontsize=11)
     axes.set(xlabel=f"first direction, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
     axes.legend(handles=[axes.scatter([], [], color=color, label=name) for name, color in COLORS.items()])
     return fig

@@ -30,6 +30,7 @@ from data import load_data, windows
 
 LONGEST = 8  # characters of context that are looked for in the training text
 COUNTED = 6  # characters of context that are counted: the best n-gram of this text is the 7-gram
+FEWEST = 0.1  # share of the validation text that the case of the least known contexts holds at least
 
 
 def codes(tokens, base: int):
@@ -105,9 +106,19 @@ def network(model, x, y):
     return torch.cat(rows)
 
 
+def cases(known) -> dict[str, torch.Tensor]:
+    """A mask for each number of known characters; a mean over a hundredth of the text says little, so the small
+    numbers are one case: known [M], 0 .. LONGEST -> {"up to 4": [M], "5": [M], ...}."""
+    few = next(k for k in range(LONGEST + 1) if (known <= k).double().mean() >= FEWEST)
+    masks = {f"up to {few}": known <= few}
+    for k in range(few + 1, LONGEST + 1):
+        masks[f"{k} or more" if k == LONGEST else str(k)] = known == k
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
 def draw(rows: list[dict]) -> Figure:
     """Both losses, and how often each case occurs."""
-    fig = Figure(figsize=(6.4, 4), layout="constrained")
+    fig = Figure(figsize=(8, 4), layout="constrained")
     axes = fig.subplots()
     known = [row["known"] for row in rows]
     share = axes.twinx()
@@ -149,9 +160,9 @@ def main(argv=None):
     p_both = (p_counts + p_network) / 2
     losses = {"counts": -p_counts.log(), "network": -p_network.log(), "mean of both": -p_both.log()}
     rows = [
-        {"known": k, "share": (known == k).double().mean().item(),
-         **{name: loss[known == k].mean().item() for name, loss in losses.items()}}
-        for k in known.unique().tolist()
+        {"known": case, "share": mask.double().mean().item(),
+         **{name: loss[mask].mean().item() for name, loss in losses.items()}}
+        for case, mask in cases(known).items()
     ]
     overall = {name: loss.mean().item() for name, loss in losses.items()}
     table("nats per character, by how much of the context occurs in the training text", [

@@ -38,13 +38,13 @@ from train import TrainConfig, make_optimizer, nll, train
 
 # name: (config, blocks start as torch starts them, derived factor per block)
 STACKS = {
-    "plain, torch's start": ({"norm": "none", "residual": False}, True, math.sqrt(1 / 18)),
-    "plain": ({"norm": "none", "residual": False}, False, 1.0),
-    "residual": ({"norm": "none", "residual": True}, False, math.sqrt(2)),
-    "batch": ({"norm": "batch", "residual": False}, False, math.sqrt(math.pi / (math.pi - 1))),
-    "batch + residual": ({"norm": "batch", "residual": True}, False, 1.0),
-    "layer": ({"norm": "layer", "residual": False}, False, 1.0),
-    "layer + residual": ({"norm": "layer", "residual": True}, False, 1.0),
+    "no norm, torch's start": ({"norm": "none", "residual": False}, True, math.sqrt(1 / 18)),
+    "no norm, variance scaling": ({"norm": "none", "residual": False}, False, 1.0),
+    "residual alone": ({"norm": "none", "residual": True}, False, math.sqrt(2)),
+    "BatchNorm alone": ({"norm": "batch", "residual": False}, False, math.sqrt(math.pi / (math.pi - 1))),
+    "BatchNorm + residual": ({"norm": "batch", "residual": True}, False, 1.0),
+    "LayerNorm alone": ({"norm": "layer", "residual": False}, False, 1.0),
+    "LayerNorm + residual": ({"norm": "layer", "residual": True}, False, 1.0),
 }
 SMALL = 1e-15  # a gradient below passed through numbers too small for float32
 TRAINED = (4, 32)  # blocks of the stacks that are trained
@@ -82,23 +82,30 @@ def short_training(model, data, steps: int, bar, text: str) -> float:
 
 
 def draw(depths, gradients, losses) -> Figure:
-    fig = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = fig.subplots(1, 2) if losses else (fig.subplots(), None)
-    for i, name in enumerate(STACKS):
-        style = {"color": f"C{i}", "linestyle": "-" if "residual" in name else "--", "marker": "o", "markersize": 4}
-        style |= {"linewidth": 5, "alpha": 0.4} if name == "plain" else {}  # other lines run on top of it
-        left.plot(depths, gradients[name], label=name, **style)
+    """The gradients that change with the depth, beside them those that stay, and where there are losses those below."""
+    fig = Figure(figsize=(8, 6.8 if losses else 3.8), layout="constrained")
+    axes = fig.subplot_mosaic("ab;cc" if losses else "ab", height_ratios=(5, 4) if losses else None)
+    for i, (name, (_, _, derived)) in enumerate(STACKS.items()):
+        panel = axes["b" if derived == 1 else "a"]
+        panel.plot(depths, gradients[name], color=f"C{i}", marker="o", markersize=4, label=name)
         if losses:
-            right.plot(TRAINED, [min(loss, 5) if math.isfinite(loss) else 5 for loss in losses[name]], **style)
-    left.set(xscale="log", yscale="log", xlabel="blocks", ylabel="size", title="first layer's gradient at the start")
-    left.set_ylim(1e-8, 1e8)
-    left.set_xticks(depths, depths)
-    left.minorticks_off()
-    left.legend(fontsize=7, loc="lower left", handlelength=4)
+            for loss, face in zip(losses[name], ("white", f"C{i}"), strict=True):
+                axes["c"].scatter(min(loss, 5), name, s=40, facecolor=face, edgecolor=f"C{i}", zorder=2)
+    for panel in (axes["a"], axes["b"]):
+        panel.set(xscale="log", xlabel="blocks")
+        panel.set_xticks(depths, depths)
+        panel.minorticks_off()
+    axes["a"].set(yscale="log", ylim=(1e-8, 1e10), ylabel="size of the first layer's gradient")
+    axes["a"].set_title("shrinks or grows (logarithmic)", fontsize=11)
+    axes["b"].set(ylim=(0, 0.5))
+    axes["b"].set_title("hardly changes (linear, from 0 to 0.5)", fontsize=11)
+    for panel in (axes["a"], axes["b"]):
+        panel.legend(fontsize=9, loc="upper left")
     if losses:
-        right.set(xscale="log", xlabel="blocks", ylabel="nats/char", title="training loss after a short training")
-        right.set_xticks(TRAINED, TRAINED)
-        right.minorticks_off()
+        few, many = TRAINED
+        axes["c"].set(xlabel=f"training loss, nats/char: hollow {few} blocks, filled {many}; 5: 5 or more")
+        axes["c"].invert_yaxis()
+        axes["c"].grid(axis="y", alpha=0.3)
     return fig
 
 

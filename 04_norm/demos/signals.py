@@ -113,17 +113,22 @@ def ends(name: str, signals: dict, when: int) -> dict:
 
 
 def draw(seen: dict, n_layer: int, steps: int) -> Figure:
-    fig = Figure(figsize=(10, 5), layout="constrained")
-    axes = fig.subplots(2, 3, sharex=True, sharey="col")
-    for row, when in enumerate(moments(steps)):
-        for ax, signal in zip(axes[row], SIGNALS, strict=True):
+    """A row of panels for each signal; at the start on the left, in the middle of the training on the right."""
+    fig = Figure(figsize=(8, 6.6), layout="constrained")
+    axes = fig.subplots(len(SIGNALS), 2, sharex=True, sharey="row")
+    for row, signal in zip(axes, SIGNALS, strict=True):
+        row[0].set_ylabel(signal)
+        for when, ax in enumerate(row):
             for name, signals in seen.items():
-                ax.plot(range(n_layer + 1), signals[signal][row], "o-", markersize=3, label=name)
-            ax.set(yscale="log", title=f"{signal}, {when}")
+                ax.plot(range(n_layer + 1), signals[signal][when], linewidth=2, label=name)
+            ax.set_yscale("log")
+            ax.minorticks_off()
             ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes[1]:
+    for when, ax in zip(moments(steps), axes[0], strict=True):
+        ax.set_title(when)
+    for ax in axes[-1]:
         ax.set_xlabel("block (0: the first layer)")
-    axes[0, 2].legend(fontsize=8, loc="lower right")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(seen))
     return fig
 
 

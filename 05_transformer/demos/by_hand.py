@@ -10,8 +10,12 @@ so that a pronoun looks for a noun, a noun can be found as a noun, and whoever i
 Everything is plain Python on lists, in the order in which one would work it out on paper; the last line compares the
 result with the stage's own `attention`. `--sharpen` multiplies the queries: attention turns from an average into a
 choice, which is what the division by sqrt(D) keeps from happening at the start.
+
+Each `# %%` starts a cell: VS Code runs one with Shift+Enter and shows what it prints. Change a number in a matrix, run
+its cell, then run the cells below again.
 """
 
+# %%
 import argparse
 import math
 import sys
@@ -27,6 +31,11 @@ import torch
 
 from model import attention
 
+# Python sets `sys.ps1`, its prompt, where somebody types: in a terminal, in a notebook, and where cells are run.
+CELLS = __name__ == "__main__" and hasattr(sys, "ps1")
+PARTS = []
+
+# %%
 WORDS = ("The", "cat", "it")
 CHANNELS = ("article", "noun", "pronoun", "animal")
 X = [  # [T, C]: one row for each token
@@ -56,6 +65,7 @@ W_VALUE = [
 ]
 
 
+# %%
 def matmul(a: list[list[float]], b: list[list[float]]) -> list[list[float]]:
     """[n, m] x [m, p] -> [n, p]: row i of a times column j of b."""
     return [[sum(x * y for x, y in zip(row, column, strict=True)) for column in zip(*b, strict=True)] for row in a]
@@ -96,6 +106,52 @@ def show(title: str, meaning: str, rows: list[list[float]], columns: tuple[str, 
     ])
 
 
+def part(function):
+    """Mark one part of the demo. A cell computes and shows its part at once, the script shows all of them in turn."""
+    PARTS.append(function)
+    if CELLS:
+        function(by_hand())
+    return function
+
+
+# %%
+@part
+def projections(steps: dict) -> None:
+    show("x", "The tokens [T, C]. What each one is:", X, CHANNELS)
+    show("q = x W_query", "Queries [T, D]. What each token looks for:", steps["q"], CHANNELS)
+    show("k = x W_key", "Keys [T, D]. What each token can be found by:", steps["k"], CHANNELS)
+    show("v = x W_value", "Values [T, D]. What each token hands over when it is found:", steps["v"], CHANNELS)
+
+
+# %%
+@part
+def scores(steps: dict) -> None:
+    show("q k^T", "Scores [T, T]. How well the query of the row fits the key of the column:", steps["scores"], WORDS)
+    show(f"q k^T / sqrt({D})", "Scaled, so that more channels do not mean larger scores:", steps["scaled"], WORDS)
+    show("masked", "Masked. No token sees what comes after it:", steps["masked"], WORDS)
+
+
+# %%
+@part
+def mixture(steps: dict) -> None:
+    show("softmax", "Weights [T, T]. Softmax of each row, which then sums to 1:", steps["weights"], WORDS)
+    show("weights v", "Output [T, D]. What each token knows now:", steps["output"], CHANNELS)
+    weights = steps["weights"][-1]
+    parts = " + ".join(f"{weight:.3f} v({word})" for weight, word in zip(weights, WORDS, strict=True))
+    say(f"\noutput of 'it' = {parts}")
+    before, there, after = X[-1][-1], steps["v"][1][-1], steps["output"][-1][-1]
+    say(f"Its channel 'animal' was {before:.3f} and is {after:.3f} now: read from 'cat', which hands over {there:.3f}.")
+
+
+# %%
+@part
+def comparison(steps: dict) -> None:
+    q, k, v = (torch.tensor(steps[name], dtype=torch.float64) for name in "qkv")
+    gap = (attention(q, k, v) - torch.tensor(steps["output"], dtype=torch.float64)).abs().max().item()
+    say(f"Largest difference from the stage's own attention: {gap:.1e}.")
+
+
+# %%
 def factor(text: str) -> float:
     """A number from the command line that does not overflow in the exponential."""
     number = float(text)
@@ -110,25 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     steps = by_hand(args.sharpen)
-    show("x", "The tokens [T, C]. What each one is:", X, CHANNELS)
-    show("q = x W_query", "Queries [T, D]. What each token looks for:", steps["q"], CHANNELS)
-    show("k = x W_key", "Keys [T, D]. What each token can be found by:", steps["k"], CHANNELS)
-    show("v = x W_value", "Values [T, D]. What each token hands over when it is found:", steps["v"], CHANNELS)
-    show("q k^T", "Scores [T, T]. How well the query of the row fits the key of the column:", steps["scores"], WORDS)
-    show(f"q k^T / sqrt({D})", "Scaled, so that more channels do not mean larger scores:", steps["scaled"], WORDS)
-    show("masked", "Masked. No token sees what comes after it:", steps["masked"], WORDS)
-    show("softmax", "Weights [T, T]. Softmax of each row, which then sums to 1:", steps["weights"], WORDS)
-    show("weights v", "Output [T, D]. What each token knows now:", steps["output"], CHANNELS)
-
-    weights = steps["weights"][-1]
-    parts = " + ".join(f"{weight:.3f} v({word})" for weight, word in zip(weights, WORDS, strict=True))
-    say(f"\noutput of 'it' = {parts}")
-    before, there, after = X[-1][-1], steps["v"][1][-1], steps["output"][-1][-1]
-    say(f"Its channel 'animal' was {before:.3f} and is {after:.3f} now: read from 'cat', which hands over {there:.3f}.")
-    q, k, v = (torch.tensor(steps[name], dtype=torch.float64) for name in "qkv")
-    gap = (attention(q, k, v) - torch.tensor(steps["output"], dtype=torch.float64)).abs().max().item()
-    say(f"Largest difference from the stage's own attention: {gap:.1e}.")
+    for function in PARTS:
+        function(steps)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not CELLS:
     run_program(main)

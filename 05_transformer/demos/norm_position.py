@@ -101,23 +101,25 @@ def smooth(values: list[float], width: int = 15) -> list[float]:
 
 def draw(curves: dict, moves: dict, warmups: tuple[int, int], floor: float):
     """The first step by depth, then loss curves, a panel for each rate: curves {(norm, warmup, lr): [[loss]]}."""
-    fig, axes = plt.subplots(1, 1 + len(RATES), figsize=(3.3 * (1 + len(RATES)), 3.3), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(7.2, 5), layout="constrained")
+    axes = axes.flat
     colours = dict(zip(NORMS, ("tab:blue", "tab:red"), strict=True))
     for norm in NORMS:
         axes[0].plot(DEPTHS, moves[norm], marker="o", color=colours[norm], label=f"{norm}-norm")
     axes[0].set(xscale="log", xlabel="blocks", ylabel="root mean square", title="move of the output, first step")
     axes[0].set_xticks(DEPTHS, DEPTHS)
+    axes[0].minorticks_off()
     axes[0].legend()
     for axis, lr in zip(axes[1:], RATES, strict=True):
         for norm in NORMS:
             for warmup, style in zip(warmups, ("-", ":"), strict=True):
                 for i, curve in enumerate(curves[norm, warmup, lr]):
                     label = f"{norm}{', warm-up' if warmup else ''}" if i == 0 else None
-                    axis.plot(smooth(curve), style, color=colours[norm], linewidth=1, label=label)
+                    axis.plot(smooth(curve), style, color=colours[norm], linewidth=1.2, label=label)
         axis.axhline(floor, color="grey", linewidth=0.8)
-        axis.set(xlabel="step", title=f"learning rate {lr:g}", ylim=(2.2, 4.2))
-    axes[1].set_ylabel("training loss, nats per character")
-    axes[-1].legend(fontsize=8)
+        axis.set(xlabel="step", ylabel="training loss, nats/char", title=f"learning rate {lr:g}")
+        axis.set(ylim=(2.2, 4.2), yticks=(2.5, 3, 3.5, 4))
+    axes[1].legend(fontsize=9, loc="lower left")
     return fig
 
 

@@ -1,6 +1,7 @@
 """The tensor basics: every result shown is that of the expression beside it, and it is the one to expect."""
 
 import ast
+import sys
 from pathlib import Path
 
 from demos import tensors
@@ -35,3 +36,17 @@ def test_the_results_are_those_worked_out_by_hand(capsys):
     assert shown["F.cross_entropy(logits, targets)"] == ["0.4100"], "(-ln 0.5 - ln 0.8808) / 2"
     assert shown["w.grad"] == ["[2., 4.]", "[4., 8.]", "[3., 3.]"]
     assert shown["w"][-1] == "[0.7000, 1.7000]"
+
+
+def test_the_cells_show_what_the_script_shows(capsys, monkeypatch):
+    """Run one after the other, as an editor does, the cells print all that the script prints, each its own part."""
+    tensors.main([])
+    script = capsys.readouterr().out
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    names, screens = {"__name__": "__main__", "__file__": tensors.__file__}, []
+    for cell in Path(tensors.__file__).read_text("utf-8").split("\n# %%\n")[1:]:
+        exec(cell, names)
+        screens.append(capsys.readouterr().out)
+    assert "".join(screens) == script, "the cells and the script show different things"
+    assert screens[0] == screens[-1] == "" and all(screens[1:-1]), "a cell between the first and the last shows nothing"

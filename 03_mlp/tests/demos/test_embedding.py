@@ -60,3 +60,13 @@ def test_the_demo_trains_a_small_model(text, out, capsys):
     assert "with 2 numbers for each character" in capsys.readouterr().out
     with pytest.raises(BadInput, match="at least 2"):
         embedding.main(["--corpus", str(text), "--n-embd", "1"])
+
+
+def test_labels_make_room_for_each_other():
+    """Two close points move by half of what is missing each, one far away stays; of many no two stay too close."""
+    places = embedding.apart(torch.tensor([[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]]), gap=2.0)
+    assert places.tolist() == [[-0.5, 0.0], [1.5, 0.0], [9.0, 0.0]], "labels move apart by what is missing, no further"
+    torch.manual_seed(0)
+    crowd = embedding.apart(0.1 * torch.randn(65, 2), gap=0.04)
+    closest = torch.cdist(crowd, crowd).fill_diagonal_(torch.inf).min().item()
+    assert closest > 0.03, f"two labels are {closest:.3f} apart and cover each other"

@@ -91,3 +91,11 @@ def test_another_text_is_refused(trained, tmp_path):
         nearness.main(["--corpus", str(other), "--run", "tiny"])
     with pytest.raises(BadInput, match="no checkpoint"):
         nearness.main(["--run", "absent"])
+
+
+def test_the_least_known_contexts_are_one_case():
+    """Few contexts are hardly known at all: they are counted together until they are a tenth of the text."""
+    known = torch.tensor([1, 2, 2, 2] + [4] * 5 + [8] * 31)  # 2.5 % and 10 % up to 1 and up to 2
+    masks = nearness.cases(known)
+    assert {name: mask.sum().item() for name, mask in masks.items()} == {"up to 2": 4, "4": 5, "8 or more": 31}
+    assert sum(masks.values()).tolist() == [1] * len(known), "each character belongs to one case"

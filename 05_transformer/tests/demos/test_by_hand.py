@@ -1,6 +1,8 @@
 """The worked example is worked out right."""
 
 import math
+import sys
+from pathlib import Path
 
 from shared.errors import BadInput
 
@@ -40,3 +42,21 @@ def test_the_demo_runs(capsys):
     assert gap < 1e-12, f"the demo and the stage differ by {gap}"
     with pytest.raises(BadInput, match="between -100 and 100"):
         by_hand.main(["--sharpen", "nan"])
+
+
+def test_the_cells_show_what_the_script_shows(capsys, monkeypatch):
+    """Run one after the other, as an editor does, the cells print all of it; a changed matrix shows in those below."""
+    by_hand.main([])
+    script = capsys.readouterr().out
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    names, screens = {"__name__": "__main__", "__file__": by_hand.__file__}, []
+    cells = Path(by_hand.__file__).read_text("utf-8").split("\n# %%\n")[1:]
+    for cell in cells:
+        exec(cell, names)
+        screens.append(capsys.readouterr().out)
+    assert "".join(screens) == script, "the cells and the script show different things"
+    mixture = next(i for i, screen in enumerate(screens) if "output of 'it'" in screen)
+    names["W_QUERY"][2] = [0.0] * by_hand.D  # the pronoun looks for nothing any more
+    exec(cells[mixture], names)
+    assert "0.333 v(The) + 0.333 v(cat) + 0.333 v(it)" in capsys.readouterr().out, "the cell shows the old matrices"
