@@ -101,7 +101,7 @@ def on_terminal(words: list[str], **options) -> str:
     ours, theirs = pty.openpty()
     env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | options.pop("env", {})
     out = b""
-    with program(words, stdout=theirs, stderr=subprocess.DEVNULL, env=env, **options):
+    with program(words, env=env, **{"stdout": theirs, "stderr": subprocess.DEVNULL} | options):
         os.close(theirs)
         with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
             while block := os.read(ours, 65536):
@@ -124,6 +124,13 @@ def finish(folder: Path, *words: str, **env) -> tuple[int, str, str]:
     with start(folder, *words, **env) as process:
         out, err = process.communicate()
     return process.returncode, out, err
+
+
+def gone() -> int:
+    """The id of a process that has ended."""
+    with program([sys.executable, "-c", ""]) as process:
+        process.communicate()
+    return process.pid
 
 
 def wait_for(file: Path) -> str:

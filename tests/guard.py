@@ -18,40 +18,14 @@ from shared.console import progress, say
 from shared.errors import BadInput
 from shared.options import Parser
 from shared.program import run_program
-from shared.stages.blank import blank
+from shared.stages.blank import Target, blank, choose, targets
 from shared.stages.check import BARE
-from shared.stages.definitions import compare, load
-from shared.stages.repo import Stage, before, find
+from shared.stages.repo import Stage, find
 
 import isolated
 from traps import copy
 
 PATIENCE = 600  # seconds for all checkpoints of a stage
-
-Target = tuple[str, str]  # ("model.py", "GPT.forward")
-
-
-def targets(stage: Stage) -> list[Target]:
-    """What can be blanked and is new or changed; in the first stage that is everything."""
-    old = before(stage)
-    found = []
-    for file in stage.trunk():
-        changes = compare(load(old.path / file.name) if old else {}, load(file), file.name)
-        text = file.read_text("utf-8-sig")
-        found += [(c.file, c.name) for c in changes if c.new and blank(text, [c.name]) != text]
-    return found
-
-
-def choose(found: list[Target], words: list[str]) -> list[Target]:
-    """Those that are named: a definition, or a class with all its methods. Raises BadInput for an unknown one."""
-    chosen = []
-    for word in words:
-        mine = [target for target in found if f"{target[1]}.".startswith(f"{word}.")]
-        if not mine:
-            known = ", ".join(dict.fromkeys(name for _, name in found))
-            raise BadInput(f"no function {word!r} is new or changed: choose from {known}")
-        chosen += [target for target in mine if target not in chosen]
-    return chosen or found
 
 
 class Nearest:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from course import finish, make, stages, start, write
+from course import finish, gone, make, stages, start, write
 
 TRAIN = """\
 import json, os, sys, time
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def course(tmp_path):
-    files = {"train.py": TRAIN, "demos/show.py": TRAIN, "model.py": "", "tests/test_a.py": ""}
+    files = {"train.py": TRAIN, "demos/show.py": TRAIN, "model.py": "", "tests/test_a.py": "", "extras/extra.py": TRAIN}
     return make(tmp_path, {"01_first": dict(files), "02_second": dict(files)})
 
 
@@ -82,6 +82,19 @@ def test_damaged_progress_counts_as_none(course):
     assert (code, err) == (0, "") and "next: read 01_first" in out
 
 
+def test_overview_shows_the_runs_that_can_go_on_and_their_commands(course):
+    """A stopped run of a script with --resume; not one that is finished, under way, or of a script without."""
+    stopped = json.dumps({"script": "sft.py", "resume": False, "steps": 9})
+    runs = {"half": stopped, "done": stopped, "busy": stopped, "torn": "{", "other": '{"script": "demos/show.py"}'}
+    write(course, {f"02_second/out/{run}/config.json": config for run, config in runs.items()})
+    write(course, {"02_second/out/done/summary.json": "{}", "02_second/out/busy/lock": str(os.getppid())})
+    write(course, {"02_second/out/half/lock": str(gone())})
+    code, out, err = stages(course)
+    unfinished = [line for line in out.splitlines() if line.startswith("unfinished")]
+    assert (code, err) == (0, "")
+    assert unfinished == ["unfinished: uv run stages run 02 sft.py --resume --name half"], "not what can be typed"
+
+
 @pytest.mark.parametrize(
     ("words", "allowed"),
     [
@@ -90,8 +103,8 @@ def test_damaged_progress_counts_as_none(course):
         (["run", "9"], "01_first, 02_second"),
         (["run", "²"], "01_first, 02_second"),  # str.isdigit says that it is a digit, int that it is none
         (["run", "first"], "01_first, 02_second"),
-        (["run", "1", "dream"], "train.py, demos/show.py"),
-        (["run", "1", "../02_second/train.py"], "train.py, demos/show.py"),
+        (["run", "1", "dream"], "train.py, extras/extra.py, demos/show.py"),
+        (["run", "1", "../02_second/train.py"], "train.py, extras/extra.py, demos/show.py"),
         (["check", "1", "--loud"], "--verbose"),
         (["check", "7"], "01_first, 02_second"),
         (["diff", "7"], "01_first, 02_second"),
@@ -126,7 +139,7 @@ def test_a_folder_that_does_not_say_what_it_is(course, text, remedy):
 def test_a_script_in_another_encoding_does_not_hide_the_others(course):
     (course / "01_first" / "latin.py").write_bytes(b"# caf\xe9\n")
     code, _, err = stages(course, "run", "1", "dream")
-    assert code == 2 and "choose from train.py, demos/show.py" in err, err
+    assert code == 2 and "choose from train.py, extras/extra.py, demos/show.py" in err, err
 
 
 def test_names_in_the_overview_are_no_markup(course):
@@ -160,6 +173,8 @@ def test_what_needs_no_torch_does_not_wait_for_it(course, words):
         (["01_first", "train", "a b", "-h"], ["a b", "-h"]),
         (["1", "demos/show.py", "--steps=3", "--verbose"], ["--steps=3", "--verbose"]),
         (["1", "demos/show", "run", "--fail"], ["run", "--fail"]),
+        (["1", "show", "-h"], ["-h"]),
+        (["1", "extra.py"], []),
     ],
 )
 def test_run_hands_everything_to_the_script(course, words, arguments):

@@ -10,11 +10,46 @@ The rest of the text stays as it is, byte for byte.
 """
 
 import ast
+import difflib
 import io
 import tokenize
 from collections.abc import Collection
 
-from shared.stages.definitions import FUNCTIONS, walk
+from shared.errors import BadInput
+from shared.stages.definitions import FUNCTIONS, compare, load, walk
+from shared.stages.repo import Stage, before
+
+Target = tuple[str, str]  # ("model.py", "GPT.forward")
+
+
+def targets(stage: Stage) -> list[Target]:
+    """What can be blanked and is new or changed; in the first stage that is everything."""
+    old = before(stage)
+    found = []
+    for file in stage.trunk():
+        changes = compare(load(old.path / file.name) if old else {}, load(file), file.name)
+        text = file.read_text("utf-8-sig")
+        found += [(c.file, c.name) for c in changes if c.new and blank(text, [c.name]) != text]
+    return found
+
+
+def choose(found: list[Target], words: list[str]) -> list[Target]:
+    """Those that are named: a definition, a class with all its methods, a file ("train", "train.main").
+
+    Raises BadInput for an unknown one.
+    """
+    chosen = []
+    for word in words:
+        mine = [target for target in found if f"{target[1]}.".startswith(f"{word}.")]
+        whole = f"{word.removesuffix('.py')}."
+        mine = mine or [(file, name) for file, name in found if f"{file[:-3]}.{name}.".startswith(whole)]
+        if not mine:
+            known = list(dict.fromkeys(name for _, name in found))
+            near = difflib.get_close_matches(word, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+            raise BadInput(f"no function {word!r} is new or changed: {hint}")
+        chosen += [target for target in mine if target not in chosen]
+    return chosen or found
 
 
 def blank(source: str, names: Collection[str]) -> str:
@@ -35,11 +70,14 @@ def blank(source: str, names: Collection[str]) -> str:
 def is_blank(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether the function has nothing to take out: a docstring, `pass`, `...`, `raise NotImplementedError`."""
     return all(
-        isinstance(child, ast.Pass)
-        or (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant))
-        or (isinstance(child, ast.Raise) and "NotImplementedError" in ast.unparse(child))
-        for child in node.body
+        is_todo(child) or (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)) for child in node.body
     )
+
+
+def is_todo(statement: ast.stmt) -> bool:
+    """Whether a statement stands where something is still to be written: `pass`, `raise NotImplementedError`."""
+    todo = isinstance(statement, ast.Raise) and "NotImplementedError" in ast.unparse(statement)
+    return todo or isinstance(statement, ast.Pass)
 
 
 def blanked(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> list[str]:

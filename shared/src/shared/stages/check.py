@@ -6,11 +6,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from shared.console import console
+from shared.console import console, say
 from shared.errors import BadInput
-from shared.stages import repo
+from shared.stages import practice, repo
 from shared.stages.results import Progress, record_progress
 from shared.stages.run import run_child
 
@@ -21,17 +22,18 @@ from rich.markup import escape
 BARE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
-def check(folder: Path, verbose: bool = False) -> Progress:
-    """Run the checkpoints in `folder` (a stage, or a practice copy of one), which `checkpoints.py` shows live.
+def check(folder: Path, verbose: bool = False, plugin: str = "checkpoints", tests: Sequence[str] = ()) -> Progress:
+    """Run the checkpoints in `folder` (a stage, or a practice copy of one), which the plugin shows live.
 
     They run in a process of their own: same-named modules of two stages never meet in one. Raises BadInput when pytest
     itself cannot run; Ctrl-C passes through, once pytest is gone.
     """
-    words = [sys.executable, "-m", "pytest", "-p", "shared.stages.checkpoints", "--continue-on-collection-errors"]
+    words = [sys.executable, "-m", "pytest", "-p", f"shared.stages.{plugin}", "--continue-on-collection-errors"]
+    words += dict.fromkeys(test.split("::")[0] for test in tests)
     with tempfile.TemporaryDirectory() as scratch:
         result, complaint = Path(scratch) / "result.json", Path(scratch) / "complaint.txt"
         with complaint.open("wb") as sink:
-            env = os.environ | BARE | {"STAGES_RESULT": str(result)}
+            env = os.environ | BARE | {"STAGES_RESULT": str(result), "STAGES_TESTS": "\n".join(tests)}
             stderr = None if verbose else sink
             code = run_child([*words, *(["-v"] if verbose else [])], patience=5, cwd=folder, env=env, stderr=stderr)
         console.show_cursor()  # a process that was killed leaves it hidden
@@ -48,7 +50,9 @@ def conclusion(name: str, result: Progress, seconds: float) -> str:
     """The last line of a check."""
     parts = [f"{result.passed} of {result.total} checkpoints passed"]
     parts += [f"{result.skipped} skipped"] if result.skipped else []
-    style = "green" if result.complete else "red"
+    waiting = 0 if result.failed else result.total - result.passed - result.skipped  # only in a practice copy
+    parts += [f"{waiting} wait for what is not written yet"] if waiting else []
+    style = "green" if result.complete else "red" if result.failed else "yellow"
     return f"\n[{style}]{name}: {', '.join(parts)}[/{style}] [dim]in {seconds:.0f} s[/dim]"
 
 
@@ -60,9 +64,41 @@ def chosen(names: list[str], top: Path) -> list[repo.Stage]:
     return [stage for stage in everything if Path.cwd().is_relative_to(stage.path)] or everything
 
 
+def practised(names: list[str], top: Path) -> repo.Stage:
+    """The one stage whose practice copy is meant: it is named, or we stand in it. Raises BadInput."""
+    here = Path.cwd()
+    found = [repo.find(name, top) for name in names] or [
+        stage
+        for stage in repo.stages(top)
+        if here.is_relative_to(stage.path) or here.is_relative_to(practice.copy_of(stage))
+    ]
+    if len(found) != 1:
+        raise BadInput("name one stage, as in `stages check 5 --practice` or `stages check 5 --practice attention`")
+    return found[0]
+
+
+def check_practice(stage: repo.Stage, args: argparse.Namespace) -> int:
+    """Check the copy, or blank a definition in it, or show the course's; 1 when there is something left to do."""
+    for act, word in (practice.reset, args.reset), (practice.solution, args.solution):
+        if word:
+            act(stage, word)
+    if args.reset or args.solution:
+        return 0
+    practice.unwritten(stage)  # refuses a file that is not Python
+    start = time.monotonic()
+    console.print(f"\n[bold]practice/{stage.name}[/bold]  {escape(stage.title)}")
+    result = check(practice.copy_of(stage), args.verbose, "waits", practice.tests(stage, args.practice))
+    console.print(conclusion(args.practice or stage.name, result, time.monotonic() - start), soft_wrap=True)
+    if not result.failed:
+        say(practice.next_step(stage, args.practice))
+    return 0 if result.complete else 1
+
+
 def command(args: argparse.Namespace) -> int:
     """Check each stage; 1 when a checkpoint fails."""
     top, complete = repo.root(), True
+    if args.practice is not None or args.reset or args.solution:
+        return check_practice(practised(args.stages, top), args)
     for stage in chosen(args.stages, top):
         start = time.monotonic()
         console.print(f"\n[bold]{stage.name}[/bold]  {escape(stage.title)}")
@@ -77,4 +113,7 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser("check", help="run the checkpoints of stages N, by default of this one or of all")
     parser.add_argument("stages", nargs="*", metavar="N", help="stages: 6, 06 or 06_gpt")
     parser.add_argument("--verbose", action="store_true", help="show pytest's own output, with tracebacks")
+    parser.add_argument("--practice", metavar="NAME", nargs="?", const="", help="of the practice copy: all, or of NAME")
+    parser.add_argument("--reset", metavar="NAME", help="blank this definition of the practice copy again")
+    parser.add_argument("--solution", metavar="NAME", help="show this definition: yours and the course's")
     parser.set_defaults(func=command)

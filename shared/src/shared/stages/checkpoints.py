@@ -43,11 +43,15 @@ class End:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    """Take the place of pytest's report, unless that was asked for."""
+    configure(config, Checkpoints)
+
+
+def configure(config, Plugin) -> None:
+    """Let `Plugin` take the place of pytest's report, unless that was asked for."""
     verbose = config.option.verbose > 0
     if not verbose:
         config.pluginmanager.unregister(name="terminalreporter")
-    config.pluginmanager.register(Checkpoints(config.rootpath, quiet=verbose))
+    config.pluginmanager.register(Plugin(config.rootpath, quiet=verbose))
 
 
 class Checkpoints:

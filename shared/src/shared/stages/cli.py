@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from shared.errors import BadInput
 from shared.program import run_program
-from shared.stages import carry, check, diff, doctor, guard, ladder, overview, run
+from shared.stages import carry, check, diff, doctor, guard, ladder, overview, practice, run, site
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +29,7 @@ def parser() -> Parser:
     top = Parser(prog="stages", description="Follow the course: without a command, where you are and what comes next.")
     top.set_defaults(func=overview.show)
     commands = top.add_subparsers(metavar="command")
-    for module in (doctor, run, check, diff, guard, carry, ladder):
+    for module in (doctor, run, check, diff, practice, guard, carry, ladder, site):
         module.add(commands)
     return top
 

@@ -26,10 +26,10 @@ GROUPS = [
 PAGE = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
-def highlight(text: str) -> list[list[tuple[str, str]]]:
-    """The lines of a piece of Python, each as its words with their CSS classes: ("k", "def"), ("", " "), ..."""
+def highlight(text: str, lexer: type = PythonLexer) -> list[list[tuple[str, str]]]:
+    """The lines of a program (by default Python), each as words with CSS classes: ("k", "def"), ("", " "), ..."""
     lines = [[]]
-    for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
+    for kind, value in lexer(stripnl=False, ensurenl=False).get_tokens(text):
         css = next((css for group, css in GROUPS if kind in group), "")
         for word in re.findall(r"\w+|[^\S\n]+|\W", value):
             if word == "\n":

@@ -1,0 +1,313 @@
+"""`stages practice N [DEFINITION...]`: a copy of a stage in which the learner writes what the stage adds.
+
+The copy, `practice/05_transformer/`, has the stage's trunk, tests and README. A body that is new or changed since the
+stage before is a blank: signature and docstring, which say what it has to do, and `raise NotImplementedError`. Whoever
+has written a body deletes that line; nothing else records what is written and what is not.
+"""
+
+import argparse
+import ast
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from shared.console import console, say
+from shared.errors import BadInput
+from shared.stages import repo
+from shared.stages.blank import blanked, choose, header_end, is_blank, is_todo, targets
+from shared.stages.definitions import FUNCTIONS, first_line, load, walk
+from shared.stages.repo import Stage
+from shared.stages.uses import Key, Uses
+
+from rich.syntax import Syntax
+
+# What gives the answers away, and what runs leave behind.
+LEFT_OUT = shutil.ignore_patterns("traps.toml", "demos", "extras", "out", "__pycache__", ".pytest_cache")
+WITHOUT = re.compile(r"^\s*(from|import) (demos|extras)\b", re.M)  # a test file that needs it stays behind too
+UNMANAGED = "[tool.uv]\nmanaged = false  # the environment is the course's\n"  # else `uv run` would make one here
+# Imports what it is told to import; where a blank stops it, prints the blank's place.
+TRY = """
+import importlib, sys, traceback
+sys.path.insert(0, "")
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except NotImplementedError as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        sys.exit(f"{frame.filename}\\n{frame.lineno}")
+"""
+
+
+def copy_of(stage: Stage) -> Path:
+    """Where the stage is practised."""
+    return stage.path.parent / "practice" / stage.name
+
+
+def functions(source: str) -> dict[str, list[ast.FunctionDef]]:
+    """The functions and methods of a source by qualified name; a property and its setter share one."""
+    found = {}
+    for node, name, _ in walk(ast.parse(source).body):
+        if isinstance(node, FUNCTIONS):
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def hollow(source: str, names: Collection[str], old: str = "") -> str:
+    """`source` with the bodies of `names` blanked; below a blank stands the body that it has in `old`, if it has one.
+
+    In `__init__` the statements that assign something stay, and with them `super().__init__()`, buffers and registered
+    parts: checkpoints use attributes by name, and nobody should have to guess `tok_emb` or `norm1`. What goes is what
+    is done to them afterwards, mostly how the weights start. Raises SyntaxError.
+    """
+    lines, before = list(io.StringIO(source, newline="")), list(io.StringIO(old, newline=""))
+    earlier = functions(old)
+    for node, name, _ in reversed(list(walk(ast.parse(source).body))):
+        if isinstance(node, FUNCTIONS) and name in names and not is_given(node):
+            text = blanked(node, lines)
+            if node.name == "__init__":
+                text[-1:-1] = [line for start, end in kept(node, lines) for line in lines[start:end]]
+            elif len(earlier.get(name, [])) == 1 and node.body[0].lineno != header_end(node, lines)[0]:
+                text += body(earlier[name][0], before)
+            lines[node.lineno - 1 : node.end_lineno] = text
+    return "".join(lines)
+
+
+def is_given(node: ast.FunctionDef) -> bool:
+    """Whether nothing of the function is taken out: it is empty, or an `__init__` that only assigns."""
+    return is_blank(node) or (node.name == "__init__" and all(stays(child) for child in node.body))
+
+
+def stays(node: ast.stmt) -> bool:
+    """Whether a statement of `__init__` is given."""
+    if isinstance(node, ast.Expr):
+        code = ast.unparse(node)
+        parts = ("super().", "self.register_", "self.add_module(", "setattr(self")
+        return isinstance(node.value, ast.Constant) or code.startswith(parts)
+    return any(isinstance(child, (ast.Assign, ast.AnnAssign)) for child in ast.walk(node))
+
+
+def kept(node: ast.FunctionDef, lines: list[str]) -> list[tuple[int, int]]:
+    """The lines of the statements that are given, from and to, with the comments above them."""
+    described = ast.get_docstring(node) is not None
+    above, found = node.body[0].end_lineno if described else header_end(node, lines)[0], []
+    for child in node.body[described:]:
+        if stays(child):
+            found.append((first_line(child, lines, above) - 1, child.end_lineno))
+        above = child.end_lineno
+    return found
+
+
+def body(node: ast.FunctionDef, lines: list[str]) -> list[str]:
+    """The lines of a function below its docstring; none where it stands in its first line."""
+    start = node.body[0].end_lineno if ast.get_docstring(node) is not None else header_end(node, lines)[0]
+    return [] if node.body[0].lineno == header_end(node, lines)[0] else lines[start : node.end_lineno]
+
+
+def graft(source: str, names: Collection[str], other: str) -> str:
+    """`source` with the functions `names` as they are in `other`. Raises SyntaxError."""
+    lines, theirs, given = list(io.StringIO(source, newline="")), list(io.StringIO(other, newline="")), functions(other)
+    pairs = [
+        (mine, new)
+        for name, nodes in functions(source).items()
+        for mine, new in zip(nodes, given.get(name, []), strict=False)
+        if name in names
+    ]
+    for mine, new in sorted(pairs, key=lambda pair: -pair[0].lineno):
+        lines[span(mine)] = theirs[span(new)]
+    return "".join(lines)
+
+
+def span(node: ast.FunctionDef) -> slice:
+    """The lines of a function, its decorators included."""
+    return slice(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno)
+
+
+def text(file: Path) -> str:
+    """What is in a file, without the mark that some editors write before the first character."""
+    return file.read_text("utf-8-sig")
+
+
+def exercises(stage: Stage) -> list[Key]:
+    """What can be written by a learner of the stage: new or changed, and not given."""
+    nodes = {file.name: functions(text(file)) for file in stage.trunk()}
+    return [(file, name) for file, name in targets(stage) if not all(map(is_given, nodes[file][name]))]
+
+
+def usual(chosen: list[Key]) -> list[Key]:
+    """Without `__post_init__`, which has to be named: the words in which it refuses nonsense would be guesswork."""
+    return [(file, name) for file, name in chosen if not name.endswith("__post_init__")]
+
+
+def unwritten(stage: Stage) -> list[Key]:
+    """What is still blank in the copy, or missing from it. Raises BadInput for a file that is not Python."""
+    found, wanted = [], exercises(stage)
+    for file in dict.fromkeys(file for file, _ in wanted):
+        mine = learners(stage, file)
+        names = [name for other, name in wanted if other == file]
+        found += [(file, name) for name in names if any(map(is_open, mine.get(name, [None])))]
+    return found
+
+
+def learners(stage: Stage, file: str) -> dict[str, list[ast.FunctionDef]]:
+    """The functions of a file of the copy. Raises BadInput where it is not Python, or not there."""
+    path, where = began(stage) / file, f"practice/{stage.name}/{file}"
+    try:
+        return functions(text(path))
+    except SyntaxError as error:
+        raise BadInput(f"{where}, line {error.lineno}, is not valid Python ({error.msg}): mend it first") from None
+    except (FileNotFoundError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte
+        raise BadInput(f"{where} cannot be read ({error}): mend it, or copy it from {stage.name}") from None
+
+
+def is_open(node: ast.FunctionDef | None) -> bool:
+    """Whether a function has still to be written: it is missing, empty, or says so somewhere."""
+    return node is None or is_blank(node) or any(map(is_todo, node.body))
+
+
+def make(stage: Stage, chosen: list[Key], from_previous: bool = False) -> list[Key]:
+    """Make the copy with `chosen` blanked, whole or not at all: what had to be given back, or no import would work.
+
+    Raises BadInput where a copy is already, and where none can be written.
+    """
+    folder = copy_of(stage)
+    if folder.exists():
+        go_on = f"go on with it (uv run stages check {stage.name[:2]} --practice), or move it away to start again"
+        raise BadInput(f"practice/{stage.name} is there already and is never overwritten: {go_on}")
+    old, given = repo.before(stage) if from_previous else None, []
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            new = Path(shutil.copytree(stage.path, Path(scratch) / stage.name, ignore=LEFT_OUT))
+            about = text(new / "pyproject.toml")
+            about = about if "[tool.uv]\n" in about else f"{about}\n[tool.uv]\n"
+            (new / "pyproject.toml").write_text(about.replace("[tool.uv]\n", UNMANAGED), "utf-8")
+            for file in new.glob("tests/**/*.py"):
+                if WITHOUT.search(text(file)):
+                    file.unlink()
+            for file in stage.trunk():
+                names = [name for other, name in chosen if other == file.name]
+                before = text(old.path / file.name) if old and (old.path / file.name).is_file() else ""
+                (new / file.name).write_text(hollow(text(file), names, before), "utf-8")
+            while (stop := stopped(new)) in {*chosen} - {*given}:
+                given.append(stop)
+                file, name = stop
+                (new / file).write_text(graft(text(new / file), [name], text(stage.path / file)), "utf-8")
+            new.rename(folder)
+    except OSError as error:
+        raise BadInput(f"cannot write {folder} ({error.strerror}): make the course's folder writable") from None
+    return given
+
+
+def stopped(folder: Path) -> Key | None:
+    """The blank that keeps a module of the copy from being imported, found by trying; None if there is none."""
+    words = [sys.executable, "-B", "-c", TRY, *(file.stem for file in sorted(folder.glob("*.py")))]
+    place = subprocess.run(words, cwd=folder, capture_output=True, encoding="utf-8", errors="replace").stderr
+    match = re.search(r"^(.+)\n(\d+)\n?\Z", place, re.M)
+    file = Path(match[1]) if match else Path()
+    if not match or file.resolve().parent != folder.resolve():
+        return None
+    names = functions(text(file)).items()
+    row = int(match[2])
+    return next(((file.name, name) for name, nodes in names for n in nodes if n.lineno <= row <= n.end_lineno), None)
+
+
+def began(stage: Stage) -> Path:
+    """The copy. Raises BadInput where there is none."""
+    if not copy_of(stage).is_dir():
+        raise BadInput(f"{stage.name} is not practised yet: uv run stages practice {stage.name[:2]}")
+    return copy_of(stage)
+
+
+def reset(stage: Stage, word: str) -> None:
+    """Blank a definition again. Raises BadInput for an unknown name, and where it is no longer in the copy."""
+    for file, name in choose(exercises(stage), [word]):
+        course, mine = text(stage.path / file), began(stage) / file
+        if name not in learners(stage, file):
+            raise BadInput(f"practice/{stage.name}/{file} has no {name}: copy its `def` line from {stage.name}/{file}")
+        mine.write_text(graft(text(mine), [name], hollow(course, [name])), "utf-8")
+        say(f"{name} is blank again in practice/{stage.name}/{file}")
+
+
+def solution(stage: Stage, word: str) -> None:
+    """Print a definition as the learner has it and as the course has it. Raises BadInput for an unknown name."""
+    for file, name in choose(exercises(stage), [word]):
+        learners(stage, file)  # refuses what is not Python
+        for whose, path in ("yours", began(stage) / file), ("the course's", stage.path / file):
+            say(f"--- {name}, {whose}: {path.relative_to(stage.path.parent).as_posix()}")
+            if definition := load(path).get(name):
+                code = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(definition.text)
+                console.print(code, soft_wrap=True)
+
+
+def tests(stage: Stage, word: str = "") -> list[str]:
+    """The ids of the copy's tests, in the order to pass them in; with the name of a definition those that concern it.
+
+    Raises BadInput for an unknown name and where there is no test.
+    """
+    uses, known = Uses(stage.path), exercises(stage)
+    chosen = uses.concern(choose(known, [word])) if word else uses.in_order(usual(known))
+    found = [f"{file}::{name}" for file, name in chosen if (began(stage) / file).is_file()]
+    if not found:
+        raise BadInput(f"no checkpoint is about {word}: uv run stages check {stage.name[:2]} --practice runs all")
+    return found
+
+
+def label(key: Key, known: list[Key]) -> str:
+    """How to name a definition on the command line: "attention", or "train.main" where other files have a main too."""
+    file, name = key
+    return f"{file[:-3]}.{name}" if sum(name == other for _, other in known) > 1 else name
+
+
+def next_step(stage: Stage, word: str = "") -> str:
+    """One line: what to write next, `word` before others. Raises BadInput for a file that is not Python."""
+    known, left, number = exercises(stage), Uses(stage.path).order(unwritten(stage)), stage.name[:2]
+    left = [key for key in left if word and key in choose(known, [word])] or left
+    if not left and word:
+        return f"all is written; every checkpoint: uv run stages check {number} --practice"
+    if not left:
+        return f"all is written; the course's own text of a definition: uv run stages check {number} --solution NAME"
+    name, file = label(left[0], known), f"practice/{stage.name}/{left[0][0]}"
+    return f"next: write {name} in {file}, then: uv run stages check {number} --practice {name}"
+
+
+def progress(stage: Stage) -> str:
+    """How many definitions are written in the stage's copy: "3/17"; "" without a copy, "?" where a file is broken."""
+    if not copy_of(stage).is_dir():
+        return ""
+    try:
+        left = unwritten(stage)
+    except BadInput:
+        return "?"
+    everything = {*usual(exercises(stage)), *left}
+    return f"{len(everything) - len(left)}/{len(everything)}"
+
+
+def command(args: argparse.Namespace) -> int:
+    """Make the copy, list what is to be written."""
+    stage = repo.find(args.stage)
+    known = exercises(stage)
+    chosen = Uses(stage.path).order(choose(known, args.definitions) if args.definitions else usual(known))
+    given = make(stage, chosen, args.from_previous)
+    todo = [key for key in chosen if key not in given]
+    say(f"practice/{stage.name}: {len(todo)} definitions to write, in this order")
+    for i, key in enumerate(todo, 1):
+        row = learners(stage, key[0])[key[1]][0].lineno
+        say(f"{i:4}  {label(key, known):40} practice/{stage.name}/{key[0]}:{row}")
+    if given:
+        say(f"given, because the modules cannot be imported without: {', '.join(name for _, name in given)}")
+    say("Each docstring says what its definition has to do; write it in place of `raise NotImplementedError`.")
+    say(next_step(stage))
+    return 0
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser("practice", help="make a copy of a stage whose new parts you write yourself")
+    parser.add_argument("stage", metavar="N", help="a stage: 6, 06 or 06_gpt")
+    parser.add_argument("definitions", metavar="DEFINITION", nargs="*", help="only these: attention, GPT.forward, GPT")
+    parser.add_argument("--from-previous", action="store_true", help="below a changed one's blank: its previous body")
+    parser.set_defaults(func=command)
