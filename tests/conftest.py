@@ -2,3 +2,8 @@ import os
 
 # These tests start some hundreds of processes: Python compiles what they import once, and not in each of them.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests, a stage's checkpoints each, come first: else one process works on the last of them alone."""
+    items.sort(key=lambda item: not item.name.startswith("test_checkpoints"))
