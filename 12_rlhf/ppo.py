@@ -159,7 +159,7 @@ def scored(judge: Opened, records: list[dict], drawn: Rollout):
     return reward.scores(judge, talks)
 
 
-def judged(judge: Opened, records: list[dict], drawn: Rollout, scale: tuple[float, float] = (0.0, 1.0)):
+def judged(judge: Opened, records: list[dict], drawn: Rollout, scale: tuple[float, float]):
     """The score of each answer, minus a mean, divided by a spread: [B]. An answer without an end loses 1."""
     ended = torch.tensor(drawn.ended, dtype=torch.float32)
     return (scored(judge, records, drawn) - scale[0]) / scale[1] - (1 - ended)
