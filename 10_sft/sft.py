@@ -230,9 +230,9 @@ def draw(rows: list[dict], scores: dict[str, list[dict]], log):
         y = [row["exact"] for row in found]
         reach = [[abs(row["exact"] - row[end]) for row in found] for end in ("low", "high")]
         axes.bar(x, y, 0.38, yerr=reach, capsize=2, label=f"new {name}")
-    axes.set(xticks=range(len(found)), ylabel="exact match", ylim=(0, 1.05))
+    axes.set(xticks=range(len(found)), ylabel="exact match", ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_xticklabels([row["family"] for row in found], rotation=30)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", ncols=2, frameon=False)
     log.figure(figure, "families")
 
 

@@ -168,8 +168,9 @@ def draw(found: list[dict], moved: list[dict], log):
     left.plot([0.5, 1], [0.5, 1], color="grey", lw=0.8, ls=":")
     left.errorbar(x, y, yerr=reach, marker="o", ms=3, capsize=2)
     left.set(xlabel="how sure the model is", ylabel="how often it is right")
-    right.barh([row["change"] for row in moved[1:]], [row["bought"] for row in moved[1:]])
-    right.set(xlabel="pairs in which the change\nlifts the worse answer above the better one", xlim=(0, 1))
+    bars = right.barh([row["change"] for row in moved[1:]], [row["bought"] for row in moved[1:]])
+    right.bar_label(bars, fmt="%.3f", padding=3)
+    right.set(xlabel="pairs in which the change\nlifts the worse answer above the better one", xlim=(0, max(0.05, *(1.3 * row["bought"] for row in moved))))
     figure.tight_layout()
     log.figure(figure, "audit")
 

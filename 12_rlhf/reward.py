@@ -286,6 +286,7 @@ def main(argv=None):
         save(log.folder / "model.pt", opened, args=vars(args))
         log.keep()
         found = report(opened, held_out)
+        log.metrics(step, **{row["pairs"]: row["right"] for row in found})
         table("held-out pairs ranked right", found)
         draw(read_metrics(log.folder), log)
         log.finish(corpus=args.corpus or "shakespeare", steps=step, seconds=time.perf_counter() - begin,
@@ -310,8 +311,8 @@ def draw(rows: list[dict], log):
         seen = [(row["step"], row[kind]) for row in rows if kind in row]
         right.plot(*zip(*seen, strict=True), marker="o", ms=3, label=kind)
     right.axhline(0.5, color="grey", lw=0.8, ls=":")
-    right.set(xlabel="step", ylabel="held-out pairs ranked right", ylim=(0, 1.02))
-    right.legend(fontsize=7)
+    right.set(xlabel="step", ylabel="held-out pairs ranked right", ylim=(0.45, 1.02))
+    right.legend(fontsize=7, ncols=2)
     figure.tight_layout()
     log.figure(figure, "learning")
 

@@ -228,7 +228,7 @@ LADDER = """<!-- ladder -->
     [
         (1.5801, ": on the ladder between GPT (1.564) and transformer (1.640)"),
         (1.56400001, ": on the ladder between 5-gram, Kneser-Ney (1.561) and transformer (1.640)"),
-        (2.1, ": worse than all on the ladder, next to CPU recipe, published (1.880)"),
+        (2.1, ": worse than all on the ladder, next to nanoGPT's CPU recipe, published (1.880)"),
         (1.2, ": better than all on the ladder, next to 5-gram, Kneser-Ney (1.561)"),
     ],
 )

@@ -7,7 +7,7 @@
 2. A network trained on batches of neighbouring windows (a loader that forgot to shuffle): window i's target is the last
    character of window i + 1, in the same batch. All that passes between windows is a mean and a variance per channel,
    yet the loss falls below what the context allows, except for the last window of a batch, whose target no neighbour
-   shows. Among strangers, or with running statistics, the network is much worse than one that never could cheat.
+   shows. In shuffled batches, or with running statistics, the network is much worse than one that never could cheat.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from train import TrainConfig, make_optimizer, train
 
 RUNS = (("batch", True), ("batch", False), ("layer", True))  # (norm, are the batches in text order)
 COMPANIONS = (100, 5000)  # where the neighbours of the one window are taken
-COMPANY = ("in text order", "among strangers", "running statistics")
+COMPANY = ("in text order", "shuffled", "running statistics")
 
 
 def draw_rows(n: int, batch_size: int, in_order: bool, generator) -> torch.Tensor:
@@ -59,7 +59,7 @@ def loss_by_place(model, x, y, batch_size: int, company: str, batches: int) -> t
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(batch_size)
     for _ in range(batches):
-        rows = draw_rows(len(x), batch_size, company != "among strangers", generator)
+        rows = draw_rows(len(x), batch_size, company != "shuffled", generator)
         total += F.cross_entropy(model(x[rows]), y[rows], reduction="none")
     return total / batches
 
@@ -91,10 +91,10 @@ def draw(rows: list[dict]) -> Figure:
     ax = fig.subplots()
     for i, company in enumerate(COMPANY):
         places = [j + 0.27 * (i - 1) for j in range(len(rows))]
-        bars = ax.bar(places, [row[company] for row in rows], 0.25, label=company)
+        bars = ax.bar(places, [row[company] for row in rows], 0.25, label=f"looked at: {company}")
         ax.bar_label(bars, fmt="%.2f", fontsize=8)
-    ax.set_xticks(range(len(rows)), [row["trained"] for row in rows])
-    ax.set(ylabel="validation loss, nats/char", title="The same network in three companies")
+    ax.set_xticks(range(len(rows)), [row["trained"].replace(", ", "\ntrained ") for row in rows])
+    ax.set(ylabel="validation loss, nats/char", title="Three networks, each looked at in three kinds of batch")
     ax.margins(y=0.25)
     ax.legend(loc="upper right", fontsize=8, ncols=3)
     return fig
@@ -138,7 +138,7 @@ def main(argv=None):
             rows.append({"trained": name} | {c: loss.mean().item() for c, loss in by_place.items()})
             in_company = by_place["in text order"].tolist()
             places.append({"trained": name} | {f"window {i}": loss for i, loss in enumerate(in_company, 1)})
-    table(f"{data.name}: validation loss of the same network in three companies, nats per character", rows)
+    table(f"{data.name}: validation loss of the same network in three kinds of batch, nats per character", rows)
     table("In text order, by place in the batch: only the last window's target is in no neighbour", places)
     file = log.figure(draw(rows), "leak")
     log.finish(untrained=untrained, rows=rows, places=places)

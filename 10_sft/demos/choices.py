@@ -98,6 +98,8 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
         x = [j + 0.16 * (i - 2) for j in range(len(families))]
         right.bar(x, [mean(run["words"][family] for run in found) for family in families], 0.16)
     left.set(xlabel="step", ylabel="training loss, nats per token", yscale="log")
+    left.set_yticks(ticks := [0.2, 0.5, 1, 2, 5], map(str, ticks))
+    left.minorticks_off()
     right.set(xticks=range(len(families)), ylabel="exact match, new words", ylim=(0, 1.03))
     right.set_xticklabels(families, rotation=30)
     left.legend(fontsize="small")

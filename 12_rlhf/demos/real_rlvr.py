@@ -351,13 +351,13 @@ def figure(rows: list[dict], config: Recipe) -> Figure:
     """Shares of right answers by step: of the drawn ones, smoothed over 5 steps, and of the likeliest to new sums."""
     fig = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = fig.subplots()
-    for name, label in (("right", "drawn, right"), ("reward", "drawn, reward")):
+    for name, label in (("right", "drawn, right: mean of 5 steps"), ("reward", "drawn, reward: mean of 5 steps")):
         seen = [(row["step"], row[name]) for row in rows if name in row]
         if seen and (name == "right" or config.reward != "right"):
             steps, values = zip(*seen, strict=True)
             smooth = [mean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
             (line,) = axes.plot(steps, smooth, label=label)
-            axes.plot(steps, values, ".", ms=3, alpha=0.4, color=line.get_color())
+            axes.plot(steps, values, ".", ms=4, alpha=0.5, color=line.get_color(), label="each step")
     axes.plot(*zip(*[(row["step"], row["held_out"]) for row in rows if "held_out" in row], strict=True), "o-",
               label="likeliest, held-out sums")
     axes.set(xlabel="step", ylabel="share of right answers", ylim=(-0.02, 1.02))

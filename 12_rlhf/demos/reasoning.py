@@ -224,18 +224,19 @@ def figure(steps: list, budget: list, votes: list, rewards: list) -> Figure:
     panels = {
         "steps asked for": [(row["model"], [name[-1] for name in row][1:-1], [*row.values()][1:-1]) for row in steps],
         "budget": [(name, [r["budget"] for r in budget], [r[name] for r in budget]) for name in ("careful", "hasty")],
-        "drawn answers": [(name, [str(r["k"]) for r in votes], [r[name] for r in votes]) for name in ("most", "any")],
+        "drawn answers": [(label, [str(r["k"]) for r in votes], [r[name] for r in votes])
+                          for name, label in (("most", "the answer of most"), ("any", "any of them"))],
         "steps of GRPO": [("drawn", range(1, len(rewards) + 1), rewards)],
     }
-    fig = Figure(figsize=(13, 3), layout="constrained")
-    for axes, (title, lines) in zip(fig.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+    fig = Figure(figsize=(8, 5.6), layout="constrained")
+    for axes, (title, lines) in zip(fig.subplots(2, 2, sharey=True).flat, panels.items(), strict=True):
         for name, x, y in lines:
             axes.plot(x, [math.nan if value is None else value for value in y],
                       marker="." if len(y) < 50 else None, label=name)
         axes.set(xlabel=title, ylim=(-0.03, 1.03))
-        axes.tick_params(axis="x", labelsize=7, rotation=60 if title == "budget" else 0)
-        axes.legend(fontsize=7)
-    fig.axes[0].set_ylabel("share of right answers")
+        axes.tick_params(axis="x", labelsize=9, rotation=45 if title == "budget" else 0)
+        axes.legend(fontsize=9)
+    fig.supylabel("share of right answers")
     return fig
 
 
