@@ -170,7 +170,8 @@ def draw(found: list[dict], moved: list[dict], log):
     left.set(xlabel="how sure the model is", ylabel="how often it is right")
     bars = right.barh([row["change"] for row in moved[1:]], [row["bought"] for row in moved[1:]])
     right.bar_label(bars, fmt="%.3f", padding=3)
-    right.set(xlabel="pairs in which the change\nlifts the worse answer above the better one", xlim=(0, max(0.05, *(1.3 * row["bought"] for row in moved))))
+    far = max(0.05, *(1.3 * row["bought"] for row in moved))
+    right.set(xlabel="pairs in which the change\nlifts the worse answer above the better one", xlim=(0, far))
     figure.tight_layout()
     log.figure(figure, "audit")
 

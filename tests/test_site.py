@@ -20,6 +20,7 @@ from shared.stages.repo import Stage, before, root, stages
 import pytest
 
 import changes
+from course import make
 from course import stages as tool
 
 TOP = root(Path(__file__).parent)
@@ -304,6 +305,16 @@ def test_a_lost_figure_and_broken_python_are_told(tmp_path):
     (tmp_path / "tests" / "test_x.py").write_text("def test_x(:\n", "utf-8")
     with pytest.raises(BadInput, match="test_x.py is not valid Python"):
         pages.tests_of(Stage(tmp_path, "", "train.py"))
+
+
+@pytest.mark.parametrize("tex", [r"\begin{matrix} a", r"\left( a", r"x \foo y", r"\frac"])
+def test_a_formula_that_cannot_be_drawn_is_named_with_its_file(tex, tmp_path):
+    top = make(tmp_path, {"01_first": {"README.md": f"# First\n\nA formula: ${tex}$\n"}})
+    (top / "README.md").write_text("# Course\n", "utf-8")
+    with pytest.raises(BadInput) as told:
+        pages.build(top)
+    message = str(told.value)
+    assert "01_first/README.md" in message and f"${tex}$ cannot be drawn" in message and "\n" not in message, message
 
 
 PROBE = """

@@ -174,7 +174,7 @@ def place(loss: float, corpus: str, readme: Path) -> str:
     text = readme.read_text("utf-8") if readme.is_file() else ""
     table = text.partition(START)[2].partition(END)[0]
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|[^|]+\|[^|]+\|[^|]+\| (\d+\.\d+) \|", table, re.M)
-    whose = {stage: "" if stage.startswith("[") else f"{stage}'s " for stage, _, _ in rows}  # no link: not of the course
+    whose = {stage: "" if stage.startswith("[") else f"{stage}'s " for stage, _, _ in rows}  # no link: elsewhere
     known = [(float(other), f"{whose[stage]}{name} ({other})") for stage, name, other in rows]
     better = max((rung for rung in known if rung[0] < round(loss, 3)), default=None)
     worse = min((rung for rung in known if rung[0] > round(loss, 3)), default=None)

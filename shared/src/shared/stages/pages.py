@@ -12,7 +12,7 @@ from shared.errors import BadInput
 from shared.stages import html
 from shared.stages.definitions import WHOLE, Change, compare_stages, fold
 from shared.stages.front import front
-from shared.stages.readme import CHANGED, MD, TRAPS, Page, chapters, index, plain, render, rewrite
+from shared.stages.readme import CHANGED, MD, TRAPS, BadFormula, Page, chapters, index, plain, render, rewrite
 from shared.stages.repo import Stage, before, settings, stages
 
 from markdown_it.token import Token
@@ -228,13 +228,22 @@ def turn(pages: list[Page], here: Page) -> str:
 
 
 def build(top: Path) -> dict[str, str | bytes]:
-    """The whole site: {path: content}. Raises BadInput for a stage without README, a lost image, broken Python."""
+    """The whole site: {path: content}.
+
+    Raises BadInput for a stage without README, a lost image, a formula that cannot be drawn, broken Python.
+    """
     pages = [Page(top / "README.md", "index.html", "The course")]
     pages += [Page(stage.path / "README.md", f"{stage.name}.html", stage.title, stage) for stage in stages(top)]
     for page in pages:
         if not page.readme.is_file():
             raise BadInput(f"{page.readme} is missing: every stage needs one")
-    bodies = [body_of(page, top) for page in pages]
+    bodies = []
+    for page in pages:
+        try:
+            bodies.append(body_of(page, top))
+        except BadFormula as error:
+            file = page.readme.relative_to(top).as_posix()
+            raise BadInput(f"{file}, or the tests and traps on its page: {error}") from None
     site: dict[str, str | bytes] = {}
     for page, body in zip(pages, bodies, strict=True):
         site |= {name: file.read_bytes() for name, file in page.images.items()}

@@ -12,6 +12,7 @@ from shared.errors import BadInput
 from shared.stages import html
 from shared.stages.repo import Stage
 
+from latex2mathml import exceptions
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -24,6 +25,11 @@ BLOCK = {"display_mode": True}
 NAMED, THIN = "<mi>(?:ln|log|sin|cos)</mi>", '<mspace width="0.167em"/>'  # TeX sets them apart, MathML does not
 PRIME = r'<mrow>\1<mi mathvariant="normal">&#x02032;</mi></mrow>'  # the character itself stands high
 CHANGED, TRAPS = "What changed", "Traps"  # chapters
+UNREADABLE = tuple(each for each in vars(exceptions).values() if isinstance(each, type) and issubclass(each, Exception))
+
+
+class BadFormula(ValueError):
+    """TeX that cannot be drawn."""
 
 
 @dataclass
@@ -44,8 +50,13 @@ class Page:
 
 
 def formula(tex: str, options: dict) -> str:
-    """TeX as MathML, which browsers draw without a script."""
-    drawn = convert(tex, display="block" if options["display_mode"] else "inline")
+    """TeX as MathML, which browsers draw without a script. Raises BadFormula."""
+    try:
+        drawn = convert(tex, display="block" if options["display_mode"] else "inline")
+    except UNREADABLE as error:
+        raise BadFormula(f"${' '.join(tex.split())}$ cannot be drawn ({type(error).__name__})") from None
+    if unknown := re.search(r"<m[io]>(\\\w+)", drawn):  # it would stand there as it was written
+        raise BadFormula(f"${' '.join(tex.split())}$ cannot be drawn ({unknown[1]} is unknown)")
     drawn = re.sub(r"<mo>(&#x0221E;|&#x022A4;)</mo>", r"<mi>\1</mi>", drawn)  # infinity, transposed: no operators
     drawn = re.sub(r"<msup>(<(m\w+)>[^<]*</\2>)<mi>&#x02032;</mi></msup>", PRIME, drawn)
     drawn = re.sub(rf"(</m(?:i|n|sub|sup|frac)>)(?={NAMED})", rf"\1{THIN}", drawn)
