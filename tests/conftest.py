@@ -2,6 +2,8 @@ import os
 
 # These tests start some hundreds of processes: Python compiles what they import once, and not in each of them.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Nor does a check leave a process behind for the next one: what a test starts ends with it.
+os.environ["STAGES_WARM"] = "0"
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from shared.errors import BadInput
+from shared.stages.uses import Uses
 
 import pytest
 
@@ -151,8 +152,16 @@ def test_those_that_name_the_definition_come_first(course):
     file = course / "other came first"
     write(course, {"02_second/tests/test_a.py": ORDER.format(file=str(file)).replace("area() == 4", "unit")})
     write(course, {"02_second/tests/test_model.py": ORDER.format(file=str(file))})
-    assert guard.verdict(course / "02_second", ("model.py", "Sizes.area")) == "" and not file.exists()
-    assert guard.verdict(course / "02_second", ("model.py", "guarded")) != "" and file.exists(), "some did not run"
+    stage = course / "02_second"
+    assert guard.verdict(stage, Uses(stage), ("model.py", "Sizes.area")) == "" and not file.exists()
+    assert guard.verdict(stage, Uses(stage), ("model.py", "guarded")) != "" and file.exists(), "some did not run"
+
+
+def test_where_the_nearest_pass_the_others_run_too(course):
+    write(course, {"02_second/tests/test_model.py": "import model\n\ndef test_a():\n    assert model.guarded\n"})
+    write(course, {"02_second/tests/test_far.py": "import model\n\ndef test_b():\n    vars(model)['guarded'](1)\n"})
+    stage = course / "02_second"
+    assert guard.verdict(stage, Uses(stage), ("model.py", "guarded")) == "", "a test that does not name it notices"
 
 
 WAITS = """\

@@ -32,7 +32,7 @@ each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.na
 CORE = {"torch>=2.11", "numpy", "tiktoken", "rich", "stages-shared"}
 FOLDERS = {"extras", "demos", "tests"}
 TRACKED_BYTES = 400_000
-# Written so that this file does not name them. PyTorch's own index of CPU builds may stand in the README.
+# Written so that this file does not name them.
 HOSTS = ["pypi" + ".org", "python" + "hosted.org", "download." + "pytorch.org"]
 MACHINE_PATH = r"(?<![\w.])/(work|home|Users|root)/\w|\b[A-Z]:\\Users"
 
@@ -196,8 +196,7 @@ def test_no_committed_file_names_a_registry_or_a_machine():
     problems = []
     for name in tracked():
         text = (TOP / name).read_text("utf-8", errors="ignore")
-        hosts = HOSTS[:-1] if name == "README.md" else HOSTS
-        problems += [f"{name} names {host}" for host in hosts if host in text]
+        problems += [f"{name} names {host}" for host in HOSTS if host in text]
         problems += [f"{name} names the path {found[0]}" for found in re.finditer(MACHINE_PATH, text)]
     assert not problems, "\n".join(problems)
 

@@ -251,6 +251,36 @@ def test_a_test_file_that_calls_a_blank_while_it_is_imported_waits_too(course):
     assert "1 of 5 checkpoints passed, 4 wait" in out
 
 
+OUTSIDE = """\
+import subprocess
+import sys
+import pytest
+
+
+@pytest.fixture(scope="module")
+def child():
+    code = subprocess.run([sys.executable, "-c", "import model; model.area(2)"]).returncode
+    assert code == 0, f"the process ends with {code}"
+
+
+def test_first(child):
+    pass
+
+
+def test_second(child):
+    pass
+"""
+
+
+def test_what_a_process_of_a_test_meets_is_waited_for_too(course):
+    """A checkpoint that starts a process which calls a blank says "exit code 1": nobody has made a mistake."""
+    write(course, {"02_second/tests/test_x.py": OUTSIDE})
+    stages(course, "practice", "2", "area")
+    code, out, _ = finish(course, "check", "2", "--practice")
+    assert code == 1 and "✗" not in out, f"what is not written is shown as a failure\n{out}"
+    assert "– area (5 wait for it)" in out, f"both tests of the fixture wait\n{out}"
+
+
 def test_checkpoints_of_one_definition_from_the_nearest_on(course):
     stages(course, "practice", "2")
     fill(course, "area")
@@ -260,6 +290,15 @@ def test_checkpoints_of_one_definition_from_the_nearest_on(course):
     assert "next: write total in practice/02_second/model.py, then:" in out
 
 
+def test_the_test_file_of_the_definitions_own_file_comes_first(course):
+    """An earlier one may be about all that the definition is a part of, and would blame another part."""
+    other = "from model import area\n\n\ndef test_all():\n    assert area(1) == 3\n"
+    write(course, {"02_second/tests/test_all.py": other})
+    stages(course, "practice", "2")
+    found = practice.tests(repo.find("2", course), "area")
+    assert found[0] == "tests/test_model.py::test_area" and found[-1] == "tests/test_all.py::test_all", found
+
+
 def test_the_first_failure_is_shown_whole_and_the_rest_folded(course):
     stages(course, "practice", "2", "area")
     fill(course, "area")
@@ -267,6 +306,8 @@ def test_the_first_failure_is_shown_whole_and_the_rest_folded(course):
     code, out, _ = finish(course, "check", "2", "--practice", "area")
     assert code == 1 and "✗ The area is 3 r r.\n      the area is not 3 r r  tests/test_model.py" in out
     assert "the total does not add" not in out and "✗ 2 more fail: mend the first, then check again" in out
+    code, out, _ = finish(course, "check", "2", "--practice")
+    assert "✓ Something else" not in out and "✓ 1 more pass\n" in out, "the first failure is the last that is seen"
 
 
 @pytest.mark.parametrize("words", [["--practice"], ["--practice", "area"]], ids=" ".join)
@@ -283,8 +324,23 @@ def test_a_learner_gets_through(course):
     for name in ORDER:
         fill(course, name)
     code, out, _ = finish(course / "practice/02_second", "check", "--practice")
-    assert code == 0 and "02_second: 4 of 4 checkpoints passed" in out and "all is written" in out
+    assert code == 0 and "02_second: 4 of 4 checkpoints passed" in out
+    assert "all is written, and every definition is the course's own code" in out
     assert copy(course).read_text("utf-8") == NEW
+
+
+def test_in_the_end_it_is_said_what_differs_and_how_to_train(course):
+    write(course, {"02_second/train.py": "", "02_second/sample.py": ""})
+    stages(course, "practice", "2", "area", "total")
+    fill(course, "area", "total")
+    slips = ("r * r", "r ** 2"), ("The area of all", "All"), ("return sum(area", "return sum(  area")
+    copy(course).write_text(edit(copy(course).read_text("utf-8"), *slips), "utf-8")
+    code, out, _ = finish(course, "check", "2", "--practice")
+    assert code == 0 and out.splitlines()[-3:] == [
+        "all is written; 1 of 2 definitions in another way than the course's: area",
+        "yours beside the course's: uv run stages check 02 --solution area",
+        "train your own model: cd practice/02_second, then: uv run python train.py, then: uv run python sample.py",
+    ], "comments, docstrings and spaces are no difference"
 
 
 def test_one_definition_can_be_blanked_again_and_its_solution_shown(course):
@@ -304,6 +360,17 @@ def test_the_overview_counts_what_is_written(course):
     fill(course, "area", "Net.start")
     header, _, row = stages(course)[1].splitlines()[:3]
     assert header.endswith("practice") and row.endswith(" 2/5"), row
+
+
+def test_of_a_copy_for_some_definitions_only_these_count(course):
+    stages(course, "practice", "2", "area", "Net.start")
+    assert stages(course)[1].splitlines()[2].endswith(" 0/2"), "the others were never to be written"
+    fill(course, "area")
+    assert stages(course)[1].splitlines()[2].endswith(" 1/2")
+    stages(course, "check", "2", "--reset", "total")
+    assert stages(course)[1].splitlines()[2].endswith(" 1/3"), "one that was blanked later counts too"
+    (course / "practice/02_second/pyproject.toml").unlink()
+    assert stages(course)[1].splitlines()[2].endswith(" ?"), "the overview must survive a broken copy"
 
 
 MODEL = """\

@@ -4,43 +4,22 @@ import json
 import os
 import re
 import shutil
-import tomllib
 from pathlib import Path
 
+from shared.stages.bughunt import plant
 from shared.stages.check import BARE
 
 import isolated
 
 PATIENCE = 120  # seconds until a test counts as hanging
-FIELDS = {"name", "file", "find", "replace", "caught_by", "hint"}
 # What any test would stumble over is a typing error, not a mistake of understanding.
 SLIPS = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError")
-
-
-def traps(stage: Path) -> list[dict[str, str]]:
-    """The stage's traps; none where the file is not there."""
-    file = stage / "traps.toml"
-    return tomllib.loads(file.read_text("utf-8")).get("trap", []) if file.exists() else []
 
 
 def copy(stage: Path, folder: Path) -> Path:
     """The stage without the leftovers of its runs."""
     leftovers = shutil.ignore_patterns("out", "__pycache__", ".pytest_cache")
     return shutil.copytree(stage, folder / stage.name, ignore=leftovers)
-
-
-def plant(stage: Path, trap: dict[str, str]) -> str:
-    """Make the mistake in `stage`; what is wrong with the trap itself, or "" when it is planted."""
-    if set(trap) != FIELDS or not all(str(trap[key]).strip() for key in FIELDS - {"replace"}):
-        return f"a trap has the fields {', '.join(sorted(FIELDS))}, all filled in"
-    file = stage / trap["file"]
-    if not file.is_file():
-        return f"there is no file {trap['file']}"
-    text = file.read_text("utf-8")
-    if text.count(trap["find"]) != 1:
-        return f"`find` occurs {text.count(trap['find'])} times in {trap['file']}, not once"
-    file.write_text(text.replace(trap["find"], trap["replace"]), encoding="utf-8")
-    return ""
 
 
 def run_pytest(words: list[str], result: Path) -> int:

@@ -49,7 +49,8 @@ def test_an_adapter_by_hand():
     # x A^T = [3, 7] and [1, 2]; times B^T: [3, 18] and [1, 5]; times 5 / 2: [7.5, 45] and [2.5, 12.5]
     expected = torch.tensor([[[7 + 7.5, -2 + 45.0]], [[0 + 2.5, -1 + 12.5]]])
     torch.testing.assert_close(tuned(x), expected, msg=lambda m: f"alpha / r times (x A^T) B^T beside x W^T\n{m}")
-    torch.testing.assert_close(tuned.change(), 2.5 * torch.tensor([[1.0, 1.0, 0.0], [-1.0, 5.0, 3.0]]))
+    change = 2.5 * torch.tensor([[1.0, 1.0, 0.0], [-1.0, 5.0, 3.0]])
+    torch.testing.assert_close(tuned.change(), change, msg=lambda m: f"the change is alpha / r B A, [out, in]\n{m}")
 
 
 def test_before_the_first_step_the_model_is_the_base():

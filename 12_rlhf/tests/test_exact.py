@@ -144,7 +144,7 @@ def test_grpo_with_k2_in_the_loss_finds_the_best_policy(seed):
     """GRPO with beta k2 of whole answers in the loss goes to pi*: the mean gradient of k2 is that of KL(pi, pi_ref)."""
     problem = with_kl_in_the_loss("k2", seed)
     far = problem.distance(problem.best)
-    assert far < 0.04, f"{far:.3f} from pi*: the pull of k2 is not that of KL(pi, pi_ref)"
+    assert far < 0.04, f"{far:.3f} from pi*: advantages, loss and pull together do not climb E[r] - beta KL"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -157,7 +157,8 @@ def test_grpo_with_k3_in_the_loss_finds_another_policy(seed):
     its_own = problem.k3_best()
     assert its_own.sum().item() == pytest.approx(1), "the lambda of the fixed point is wrong"
     far, near = problem.distance(problem.best), problem.distance(its_own)
-    assert near < 0.02, f"{near:.3f} from beta pi_ref / (lambda - r): the pull of k3 is not that of KL(pi_ref, pi)"
+    wrong = "advantages, loss and pull together do not climb E[r] - beta KL(pi_ref, pi)"
+    assert near < 0.02, f"{near:.3f} from beta pi_ref / (lambda - r): {wrong}"
     assert far > 0.4, f"{far:.3f} from pi*: k3 in the loss does not go there; is another estimator in its place?"
 
 

@@ -16,7 +16,7 @@ import tokenize
 from collections.abc import Collection
 
 from shared.errors import BadInput
-from shared.stages.definitions import FUNCTIONS, compare, load, walk
+from shared.stages.definitions import FUNCTIONS, compare, load, parse, walk
 from shared.stages.repo import Stage, before
 
 Target = tuple[str, str]  # ("model.py", "GPT.forward")
@@ -61,7 +61,7 @@ def blank(source: str, names: Collection[str]) -> str:
     one would fail, whatever it tests.
     """
     lines = list(io.StringIO(source, newline=""))
-    for node, name, _ in reversed(list(walk(ast.parse(source).body))):
+    for node, name, _ in reversed(list(walk(parse(source).body))):
         if isinstance(node, FUNCTIONS) and name in names and not is_blank(node):
             lines[node.lineno - 1 : node.end_lineno] = blanked(node, lines)
     return "".join(lines)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from shared.console import console, say
 from shared.errors import BadInput
-from shared.stages import practice, repo
+from shared.stages import hints, practice, repo, warm
+from shared.stages.finished import finished
 from shared.stages.results import Progress, record_progress
 from shared.stages.run import run_child
 
@@ -25,17 +26,21 @@ BARE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 def check(folder: Path, verbose: bool = False, plugin: str = "checkpoints", tests: Sequence[str] = ()) -> Progress:
     """Run the checkpoints in `folder` (a stage, or a practice copy of one), which the plugin shows live.
 
-    They run in a process of their own: same-named modules of two stages never meet in one. Raises BadInput when pytest
-    itself cannot run; Ctrl-C passes through, once pytest is gone.
+    They run in a process of their own: same-named modules of two stages never meet in one. Where only some `tests` are
+    asked for it is a fork of the warm process, if there can be one. Raises BadInput when pytest itself cannot run;
+    Ctrl-C passes through, once pytest is gone.
     """
-    words = [sys.executable, "-m", "pytest", "-p", f"shared.stages.{plugin}", "--continue-on-collection-errors"]
+    words = ["-p", f"shared.stages.{plugin}", "--continue-on-collection-errors", *(["-v"] if verbose else [])]
     words += dict.fromkeys(test.split("::")[0] for test in tests)
     with tempfile.TemporaryDirectory() as scratch:
         result, complaint = Path(scratch) / "result.json", Path(scratch) / "complaint.txt"
         with complaint.open("wb") as sink:
             env = os.environ | BARE | {"STAGES_RESULT": str(result), "STAGES_TESTS": "\n".join(tests)}
             stderr = None if verbose else sink
-            code = run_child([*words, *(["-v"] if verbose else [])], patience=5, cwd=folder, env=env, stderr=stderr)
+            code = warm.run(words, folder, env, stderr, patience=5) if tests else None
+            if code is None:
+                cold = [sys.executable, "-m", "pytest", *words]
+                code = run_child(cold, patience=5, cwd=folder, env=env, stderr=stderr)
         console.show_cursor()  # a process that was killed leaves it hidden
         # pytest: 0 all passed, 1 some failed or cannot be imported, 5 nothing collected
         if code == 5:
@@ -78,26 +83,32 @@ def practised(names: list[str], top: Path) -> repo.Stage:
 
 
 def check_practice(stage: repo.Stage, args: argparse.Namespace) -> int:
-    """Check the copy, or blank a definition in it, or show the course's; 1 when there is something left to do."""
+    """Check the copy, or blank a definition in it, give a hint, show the course's; 1 when something is left to do."""
     for act, word in (practice.reset, args.reset), (practice.solution, args.solution):
         if word:
             act(stage, word)
-    if args.reset or args.solution:
+    if args.hint:
+        hints.hint(stage, args.practice or "")
+    if args.reset or args.solution or args.hint:
         return 0
     practice.unwritten(stage)  # refuses a file that is not Python
     start = time.monotonic()
     console.print(f"\n[bold]practice/{stage.name}[/bold]  {escape(stage.title)}")
     result = check(practice.copy_of(stage), args.verbose, "waits", practice.tests(stage, args.practice))
     console.print(conclusion(args.practice or stage.name, result, time.monotonic() - start), soft_wrap=True)
-    if not result.failed:
+    if result.complete and not args.practice:
+        say(finished(stage))
+    elif not result.failed:
         say(practice.next_step(stage, args.practice))
+    elif args.practice:
+        say(f"a hint: uv run stages check {stage.name[:2]} --practice {args.practice} --hint")
     return 0 if result.complete else 1
 
 
 def command(args: argparse.Namespace) -> int:
     """Check each stage; 1 when a checkpoint fails."""
     top, complete = repo.root(), True
-    if args.practice is not None or args.reset or args.solution:
+    if args.practice is not None or args.reset or args.solution or args.hint:
         return check_practice(practised(args.stages, top), args)
     for stage in chosen(args.stages, top):
         start = time.monotonic()
@@ -114,6 +125,7 @@ def add(subparsers) -> None:
     parser.add_argument("stages", nargs="*", metavar="N", help="stages: 6, 06 or 06_gpt")
     parser.add_argument("--verbose", action="store_true", help="show pytest's own output, with tracebacks")
     parser.add_argument("--practice", metavar="NAME", nargs="?", const="", help="of the practice copy: all, or of NAME")
+    parser.add_argument("--hint", action="store_true", help="of NAME in the practice copy: one of three, then one more")
     parser.add_argument("--reset", metavar="NAME", help="blank this definition of the practice copy again")
     parser.add_argument("--solution", metavar="NAME", help="show this definition: yours and the course's")
     parser.set_defaults(func=command)

@@ -7,7 +7,21 @@ from typing import NoReturn
 
 from shared.errors import BadInput
 from shared.program import run_program
-from shared.stages import carry, check, diff, doctor, guard, ladder, overview, practice, run, site
+from shared.stages import (
+    bughunt,
+    carry,
+    check,
+    diff,
+    doctor,
+    guard,
+    ladder,
+    overview,
+    practice,
+    run,
+    site,
+    start,
+    watch,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +43,7 @@ def parser() -> Parser:
     top = Parser(prog="stages", description="Follow the course: without a command, where you are and what comes next.")
     top.set_defaults(func=overview.show)
     commands = top.add_subparsers(metavar="command")
-    for module in (doctor, run, check, diff, practice, guard, carry, ladder, site):
+    for module in (start, doctor, run, check, diff, practice, watch, bughunt, guard, carry, ladder, site):
         module.add(commands)
     return top
 

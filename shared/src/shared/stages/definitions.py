@@ -16,6 +16,7 @@ Four names are made up: `docstring` (the module's), `imports`, `main guard` and 
 
 import ast
 import difflib
+import functools
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,12 @@ class Change:
         old, new = self.old.splitlines(), self.new.splitlines()
         same = sum(block.size for block in difflib.SequenceMatcher(None, old, new, False).get_matching_blocks())
         return len(new) - same, len(old) - same
+
+
+@functools.lru_cache(maxsize=128)  # the trunk and the tests of a stage, the trunks of its copy and of its predecessor
+def parse(source: str) -> ast.Module:
+    """The tree of a source, which nobody may change: it is read once. Raises SyntaxError."""
+    return ast.parse(source)
 
 
 def targets(node: ast.expr) -> list[str]:
@@ -162,7 +169,7 @@ def split(source: str) -> list[Piece]:
     lines = list(io.StringIO(source, newline=""))  # the lines that ast counts; str.splitlines knows more breaks
     marks = []  # (first line, name, kind)
     above = 0
-    for node, name, kind in walk(ast.parse(source).body):
+    for node, name, kind in walk(parse(source).body):
         # `a = 1; b = 2` cannot be cut in two: the line stays with `a`.
         if node.lineno > above and (not marks or name != marks[-1][1]):
             marks.append((first_line(node, lines, above), name, kind))

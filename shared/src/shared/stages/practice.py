@@ -8,6 +8,7 @@ has written a body deletes that line; nothing else records what is written and w
 import argparse
 import ast
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -20,11 +21,9 @@ from shared.console import console, say
 from shared.errors import BadInput
 from shared.stages import repo
 from shared.stages.blank import blanked, choose, header_end, is_blank, is_todo, targets
-from shared.stages.definitions import FUNCTIONS, first_line, load, walk
+from shared.stages.definitions import FUNCTIONS, first_line, load, parse, walk
 from shared.stages.repo import Stage
-from shared.stages.uses import Key, Uses
-
-from rich.syntax import Syntax
+from shared.stages.uses import Key, uses_of
 
 # What gives the answers away, and what runs leave behind.
 LEFT_OUT = shutil.ignore_patterns("traps.toml", "demos", "extras", "out", "__pycache__", ".pytest_cache")
@@ -51,7 +50,7 @@ def copy_of(stage: Stage) -> Path:
 def functions(source: str) -> dict[str, list[ast.FunctionDef]]:
     """The functions and methods of a source by qualified name; a property and its setter share one."""
     found = {}
-    for node, name, _ in walk(ast.parse(source).body):
+    for node, name, _ in walk(parse(source).body):
         if isinstance(node, FUNCTIONS):
             found.setdefault(name, []).append(node)
     return found
@@ -66,7 +65,7 @@ def hollow(source: str, names: Collection[str], old: str = "") -> str:
     """
     lines, before = list(io.StringIO(source, newline="")), list(io.StringIO(old, newline=""))
     earlier = functions(old)
-    for node, name, _ in reversed(list(walk(ast.parse(source).body))):
+    for node, name, _ in reversed(list(walk(parse(source).body))):
         if isinstance(node, FUNCTIONS) and name in names and not is_given(node):
             text = blanked(node, lines)
             if node.name == "__init__":
@@ -143,6 +142,14 @@ def usual(chosen: list[Key]) -> list[Key]:
     return [(file, name) for file, name in chosen if not name.endswith("__post_init__")]
 
 
+def asked(stage: Stage) -> list[Key]:
+    """What the copy was made for: all, or the definitions that were named. Raises BadInput for a broken file."""
+    about = repo.settings(copy_of(stage) / "pyproject.toml").get("tool", {}).get("practice", {})
+    known = exercises(stage)
+    named = about.get("definitions")
+    return usual(known) if named is None else [key for key in known if " ".join(key) in named]
+
+
 def unwritten(stage: Stage) -> list[Key]:
     """What is still blank in the copy, or missing from it. Raises BadInput for a file that is not Python."""
     found, wanted = [], exercises(stage)
@@ -169,6 +176,18 @@ def is_open(node: ast.FunctionDef | None) -> bool:
     return node is None or is_blank(node) or any(map(is_todo, node.body))
 
 
+def fresh(stage: Stage, folder: Path) -> None:
+    """Write the stage's files into `folder`, without what gives answers away and without what runs leave behind."""
+    # New dates for all: in a bug hunt the one file that is younger than the others would be the one with the mistake.
+    shutil.copytree(stage.path, folder, ignore=LEFT_OUT, copy_function=shutil.copy, dirs_exist_ok=True)
+    about = text(folder / "pyproject.toml")
+    about = about if "[tool.uv]\n" in about else f"{about}\n[tool.uv]\n"
+    (folder / "pyproject.toml").write_text(about.replace("[tool.uv]\n", UNMANAGED), "utf-8")
+    for file in folder.glob("tests/**/*.py"):
+        if WITHOUT.search(text(file)):
+            file.unlink()
+
+
 def make(stage: Stage, chosen: list[Key], from_previous: bool = False) -> list[Key]:
     """Make the copy with `chosen` blanked, whole or not at all: what had to be given back, or no import would work.
 
@@ -182,13 +201,8 @@ def make(stage: Stage, chosen: list[Key], from_previous: bool = False) -> list[K
     try:
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            new = Path(shutil.copytree(stage.path, Path(scratch) / stage.name, ignore=LEFT_OUT))
-            about = text(new / "pyproject.toml")
-            about = about if "[tool.uv]\n" in about else f"{about}\n[tool.uv]\n"
-            (new / "pyproject.toml").write_text(about.replace("[tool.uv]\n", UNMANAGED), "utf-8")
-            for file in new.glob("tests/**/*.py"):
-                if WITHOUT.search(text(file)):
-                    file.unlink()
+            new = Path(scratch) / stage.name
+            fresh(stage, new)
             for file in stage.trunk():
                 names = [name for other, name in chosen if other == file.name]
                 before = text(old.path / file.name) if old and (old.path / file.name).is_file() else ""
@@ -197,6 +211,9 @@ def make(stage: Stage, chosen: list[Key], from_previous: bool = False) -> list[K
                 given.append(stop)
                 file, name = stop
                 (new / file).write_text(graft(text(new / file), [name], text(stage.path / file)), "utf-8")
+            todo = json.dumps([f"{file} {name}" for file, name in chosen if (file, name) not in given])
+            with (new / "pyproject.toml").open("a", encoding="utf-8") as sink:
+                sink.write(f"\n[tool.practice]\ndefinitions = {todo}\n")
             new.rename(folder)
     except OSError as error:
         raise BadInput(f"cannot write {folder} ({error.strerror}): make the course's folder writable") from None
@@ -235,6 +252,8 @@ def reset(stage: Stage, word: str) -> None:
 
 def solution(stage: Stage, word: str) -> None:
     """Print a definition as the learner has it and as the course has it. Raises BadInput for an unknown name."""
+    from rich.syntax import Syntax  # only here: it costs the start of every other command
+
     for file, name in choose(exercises(stage), [word]):
         learners(stage, file)  # refuses what is not Python
         for whose, path in ("yours", began(stage) / file), ("the course's", stage.path / file):
@@ -244,16 +263,21 @@ def solution(stage: Stage, word: str) -> None:
                 console.print(code, soft_wrap=True)
 
 
-def tests(stage: Stage, word: str = "") -> list[str]:
-    """The ids of the copy's tests, in the order to pass them in; with the name of a definition those that concern it.
+def tests(stage: Stage, *words: str) -> list[str]:
+    """The ids of the copy's tests, in the order to pass them in; with names of definitions those that concern one.
 
     Raises BadInput for an unknown name and where there is no test.
     """
-    uses, known = Uses(stage.path), exercises(stage)
-    chosen = uses.concern(choose(known, [word])) if word else uses.in_order(usual(known))
+    uses, known = uses_of(stage.path), exercises(stage)
+    asked_for = choose(known, [*filter(None, words)])
+    chosen = uses.concern(asked_for) if any(words) else uses.in_order(usual(known))
+    if any(words):  # a test of another file may blame what the definition is a part of
+        own = {f"tests/test_{file}" for file, _ in asked_for}
+        chosen = sorted(chosen, key=lambda test: test[0] not in own)
     found = [f"{file}::{name}" for file, name in chosen if (began(stage) / file).is_file()]
     if not found:
-        raise BadInput(f"no checkpoint is about {word}: uv run stages check {stage.name[:2]} --practice runs all")
+        names, number = ", ".join(words), stage.name[:2]
+        raise BadInput(f"no checkpoint is about {names}: uv run stages check {number} --practice runs all")
     return found
 
 
@@ -265,7 +289,7 @@ def label(key: Key, known: list[Key]) -> str:
 
 def next_step(stage: Stage, word: str = "") -> str:
     """One line: what to write next, `word` before others. Raises BadInput for a file that is not Python."""
-    known, left, number = exercises(stage), Uses(stage.path).order(unwritten(stage)), stage.name[:2]
+    known, left, number = exercises(stage), uses_of(stage.path).order(unwritten(stage)), stage.name[:2]
     left = [key for key in left if word and key in choose(known, [word])] or left
     if not left and word:
         return f"all is written; every checkpoint: uv run stages check {number} --practice"
@@ -280,10 +304,10 @@ def progress(stage: Stage) -> str:
     if not copy_of(stage).is_dir():
         return ""
     try:
-        left = unwritten(stage)
-    except BadInput:
+        everything, left = asked(stage), unwritten(stage)
+    except (BadInput, OSError):  # the learner's file may hold anything, or be gone
         return "?"
-    everything = {*usual(exercises(stage)), *left}
+    everything = {*everything, *left}
     return f"{len(everything) - len(left)}/{len(everything)}"
 
 
@@ -291,7 +315,7 @@ def command(args: argparse.Namespace) -> int:
     """Make the copy, list what is to be written."""
     stage = repo.find(args.stage)
     known = exercises(stage)
-    chosen = Uses(stage.path).order(choose(known, args.definitions) if args.definitions else usual(known))
+    chosen = uses_of(stage.path).order(choose(known, args.definitions) if args.definitions else usual(known))
     given = make(stage, chosen, args.from_previous)
     todo = [key for key in chosen if key not in given]
     say(f"practice/{stage.name}: {len(todo)} definitions to write, in this order")

@@ -10,13 +10,15 @@ A name is looked up as Python does it: in the same file, through imports, throug
 """
 
 import ast
+import functools
+import io
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.stages.definitions import FUNCTIONS, binds, walk
+from shared.stages.definitions import FUNCTIONS, binds, parse, walk
 
 Key = tuple[str, str]  # ("model.py", "GPT.forward"), ("tests/test_model.py", "test_mask")
 
@@ -31,11 +33,13 @@ class Module:
 
 def read(text: str, files: dict[str, str]) -> Module:
     """The module with the source `text`; `files` are the stage's by what an import calls them. Raises SyntaxError."""
-    module, tree = Module(), ast.parse(text)
+    module, tree = Module(), parse(text)
     for node, name, kind in walk(tree.body):
         for bound in [name] if kind in ("function", "method", "class") else binds(node):
             module.statements[bound].append(node)
-    for node in ast.walk(tree):
+    lines = list(io.StringIO(text, newline=""))  # most statements import nothing, and to walk through them takes time
+    importing = (node for node in tree.body if "import" in "".join(lines[node.lineno - 1 : node.end_lineno]))
+    for node in itertools.chain.from_iterable(map(ast.walk, importing)):
         for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
             source, name = (alias.name, "") if isinstance(node, ast.Import) else (node.module, alias.name)
             if source in files:
@@ -43,11 +47,27 @@ def read(text: str, files: dict[str, str]) -> Module:
     return module
 
 
+def uses_of(folder: Path) -> "Uses":
+    """`Uses` of a folder, made once for as long as no text in it changes."""
+    return known(folder, tuple(path.read_text("utf-8-sig") for path in sources(folder)))
+
+
+@functools.lru_cache(maxsize=2)
+def known(folder: Path, texts: tuple[str, ...]) -> "Uses":
+    """What `uses_of` has made of these texts."""
+    return Uses(folder)
+
+
+def sources(folder: Path) -> list[Path]:
+    """The trunk and the tests."""
+    return [*sorted(folder.glob("*.py")), *sorted(folder.glob("tests/*.py"))]
+
+
 class Uses:
     """The trunk and the tests of the stage in `folder`: `uses[key]` are the definitions that `key` names."""
 
     def __init__(self, folder: Path):
-        paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("tests/*.py"))]
+        paths = sources(folder)
         files = {path.stem: path.relative_to(folder).as_posix() for path in paths}
         self.modules = {files[path.stem]: read(path.read_text("utf-8-sig"), files) for path in paths}
         self.methods = defaultdict(list)  # {"forward": [("model.py", "Block.forward"), ...]}
@@ -145,7 +165,8 @@ class Uses:
         return [
             key
             for key in self.uses
-            if key[0].startswith("tests/test_") and key[1].startswith("test_")
+            if key[0].startswith("tests/test_")
+            and key[1].startswith("test_")
             and isinstance(self.modules[key[0]].statements[key[1]][0], FUNCTIONS)
         ]
 
