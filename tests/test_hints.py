@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from course import edit, make, stages, write
+from course import edit, finish, make, stages, write
 from test_practice import NEW, OLD, TESTS, copy, fill, refused
 
 README = """\
@@ -97,6 +97,20 @@ def test_the_idea_is_the_row_the_paragraph_with_its_formula_and_the_paper(course
 
 def test_without_a_trap_the_first_checkpoints_claim_is_the_question(course):
     assert "Is this so with yours? A net sums its weights." in hint(course, "Net.forward")
+
+
+def test_the_question_is_about_what_failed(course):
+    """After a check in which a checkpoint failed, a trap that this checkpoint does not notice is beside the point."""
+    fill(course, "area", "total")
+    text = copy(course).read_text("utf-8")
+    copy(course).write_text(edit(text, ("return factor * square", "return factor + square")), "utf-8")
+    finish(course, "check", "2", "--practice", "area")
+    assert "What is the area of a circle with radius 1?" in hint(course, "area"), "its checkpoint failed"
+    write(course, {".stages/failed.json": '{"02_second": ["tests/test_model.py::test_total"]}'})
+    assert "Is this so with yours? The total adds the areas." in hint(course, "area"), "the trap's checkpoint passed"
+    copy(course).write_text(text, "utf-8")
+    finish(course, "check", "2", "--practice", "area")
+    assert "What is the area of a circle with radius 1?" in hint(course, "area"), "what failed earlier is forgotten"
 
 
 def test_two_lines_that_the_learner_does_not_have(course):

@@ -95,6 +95,7 @@ def check_practice(stage: repo.Stage, args: argparse.Namespace) -> int:
     start = time.monotonic()
     console.print(f"\n[bold]practice/{stage.name}[/bold]  {escape(stage.title)}")
     result = check(practice.copy_of(stage), args.verbose, "waits", practice.tests(stage, args.practice))
+    hints.remember(stage, result.failed)
     console.print(conclusion(args.practice or stage.name, result, time.monotonic() - start), soft_wrap=True)
     if result.complete and not args.practice:
         say(finished(stage))

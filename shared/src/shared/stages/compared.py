@@ -134,6 +134,8 @@ def told(pair: Pair) -> list[str]:
     if isinstance(got, (set, frozenset)) and isinstance(expected, (set, frozenset)) and pair.sign == "==":
         parts = ("missing", expected - got), ("too many", got - expected)
         return [f"{name}{where}: {show(sorted(some, key=repr))}" for name, some in parts if some]
+    if pair.sign == "in":  # `assert "lr" in message`: what the test wants stands on the left
+        return [f"got      {show(expected)}", f"expected something with {show(got)} in it"]
     if pair.sign in ("!=", "is not", "not in"):
         return [f"got {show(got)}, which is what it must not be"] if pair.sign == "!=" else []
     return [f"got      {show(got, expected)}{where}", f"expected {relation(pair.sign)}{show(expected, got)}"]

@@ -4,7 +4,9 @@
 2. what the README says of it: why it is there, the paragraph with its formula, and the paper
 3. two lines of the course's text
 
-How many were given stands in `.stages/hints.json`: {"05_transformer": {"model.py attention": 2}}
+How many were given stands in `.stages/hints.json`, {"05_transformer": {"model.py attention": 2}}. What failed in the
+last check stands in `.stages/failed.json`, {"05_transformer": ["tests/test_model.py::test_mask"]}: the question is
+about that.
 """
 
 import ast
@@ -12,6 +14,7 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from shared.atomic import write
@@ -36,17 +39,17 @@ def hint(stage: Stage, word: str) -> None:
     Raises BadInput where there is no copy, for an unknown name, and where it is open which definition is meant.
     """
     file, name = key = meant(stage, word)
-    top = stage.path.parent
+    top, label = stage.path.parent, practice.label(key, practice.exercises(stage))
     record = given(top)
     mine = record.setdefault(stage.name, {})
     mine[f"{file} {name}"] = step = min(3, mine.get(f"{file} {name}", 0) + 1)
     for i, (title, lines) in enumerate((question(stage, key), idea(stage, key), code(stage, key))[:step], 1):
-        console.print(f"[bold]{escape(name)}, hint {i} of 3: {title}[/bold]", soft_wrap=True)
+        console.print(f"[bold]{escape(label)}, hint {i} of 3: {title}[/bold]", soft_wrap=True)
         for line in lines:
             say(f"  {line}".rstrip())
         say()
-    known, number = practice.exercises(stage), stage.name[:2]
-    more = f"--practice {practice.label(key, known)} --hint" if step < 3 else f"--solution {practice.label(key, known)}"
+    number = stage.name[:2]
+    more = f"--practice {label} --hint" if step < 3 else f"--solution {label}"
     say(f"{'one more' if step < 3 else 'all of it'}: uv run stages check {number} {more}")
     (top / ".stages").mkdir(exist_ok=True)
     write(top / ".stages" / "hints.json", json.dumps(record, indent=1) + "\n")
@@ -73,18 +76,43 @@ def meant(stage: Stage, word: str) -> Key:
     return (left or chosen)[0]
 
 
+def remember(stage: Stage, failed: list[str]) -> None:
+    """Write down which checkpoints of the copy failed just now."""
+    file = stage.path.parent / ".stages" / "failed.json"
+    known = failures(file)
+    if failed != known.get(stage.name, []):
+        with suppress(OSError):  # a folder that cannot be written costs the better question, not the check
+            file.parent.mkdir(exist_ok=True)
+            write(file, json.dumps({**known, stage.name: failed}, indent=1) + "\n")
+
+
+def failures(file: Path) -> dict[str, list[str]]:
+    """What is written down; a missing or damaged record counts as none."""
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def question(stage: Stage, key: Key) -> tuple[str, list[str]]:
-    """The question of the first trap that lies in the definition, else the claim of its first checkpoint."""
+    """The question of a trap in the definition, of one that fails the same checkpoint if any failed.
+
+    Without such a trap, what the first checkpoint claims that failed, else the first that concerns the definition.
+    """
     file, name = key
     text, traps = load(stage.path / file)[name].text, stage.path / "traps.toml"
-    for trap in repo.settings(traps).get("trap", []) if traps.is_file() else []:
-        if trap["file"] == file and trap["find"].strip() in text:
-            return "a question", [trap["hint"]]
     uses = uses_of(stage.path)
-    tests = uses.concern([key])
-    nodes = uses.modules[tests[0][0]].statements[tests[0][1]] if tests else []
-    claim = (ast.get_docstring(nodes[0]) or tests[0][1]).splitlines()[0] if nodes else "what its docstring says"
-    return "a question", [f"Is this so with yours? {claim}"]
+    tests = [f"{test}::{name}" for test, name in uses.concern([key])]
+    last = failures(stage.path.parent / ".stages" / "failed.json").get(stage.name, [])
+    failed = [test for test in last if test in tests]
+    for trap in repo.settings(traps).get("trap", []) if traps.is_file() else []:
+        inside = trap["file"] == file and trap["find"].strip() in text
+        if inside and (not failed or trap["caught_by"] in failed):
+            return "a question", [trap["hint"]]
+    first = [test.split("::") for test in (failed or tests)[:1]]
+    claims = [uses.modules[test].statements[name][0] for test, name in first]
+    claim = [(ast.get_docstring(node) or node.name).splitlines()[0] for node in claims]
+    return "a question", [f"Is this so with yours? {(claim or ['what its docstring says'])[0]}"]
 
 
 def idea(stage: Stage, key: Key) -> tuple[str, list[str]]:

@@ -71,6 +71,7 @@ class Watch:
         written = practice.progress(self.stage)
         console.print(f"[bold]practice/{self.stage.name}  {escape(title)}[/bold]  {written} written", soft_wrap=True)
         result = check(practice.copy_of(self.stage), plugin="waits", tests=practice.tests(self.stage, *names))
+        hints.remember(self.stage, result.failed)
         self.failed = bool(result.failed)
         console.print(conclusion(title, result, time.monotonic() - start), soft_wrap=True)
         left = self.left()
