@@ -281,7 +281,7 @@ def main(argv=None):
                 bar.update(step, loss=loss)
                 if step % 10 == 0:
                     log.metrics(step, train_loss=loss)
-                if step % config.eval_every == 0:
+                if step % config.eval_every == 0 and step < config.steps:
                     log.metrics(step, **{row["pairs"]: row["right"] for row in report(opened, held_out)})
         save(log.folder / "model.pt", opened, args=vars(args))
         log.keep()

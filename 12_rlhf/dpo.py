@@ -53,7 +53,8 @@ class DPOConfig(RLConfig):
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, kind: str = "dpo"):
     """The loss of each pair: ln P of whole answers under the policy and the reference, [N] x 4 -> [N].
 
-    ln P of an answer is a sum over its tokens. With the mean, a long answer's probability would count for less.
+    ln P of an answer is a sum over its tokens. With the mean, a long answer's probability would count for less. With d
+    the difference in the brackets above, ipo is (d - 1 / (2 beta))^2.
     """
     difference = (chosen - ref_chosen) - (rejected - ref_rejected)
     if kind == "ipo":

@@ -59,7 +59,8 @@ def advantages(rewards, baseline: str = "grpo"):
     grpo: minus the group's mean, divided by its standard deviation. dr-grpo: minus the mean alone, for the division
     makes questions count most that are nearly always right, or nearly never. rloo: minus the mean of the *other*
     answers, which an answer's own reward has no part in.
-    A group whose answers are all equally good says nothing: 0, and not 0 / 0.
+    The deviation is the one with n - 1; 1e-6 is added to it. A group whose answers are all equally good says nothing:
+    exactly 0, and not 0 / 0.
     """
     rewards = rewards - rewards[:, :1]  # equal ones are exactly 0 now: the mean of eight times 0.35 is not quite 0.35
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -75,7 +76,8 @@ def grpo_loss(new, old, reference, advantage, mask, config: GRPOConfig):
 
     ln P of their tokens [B, A] under the policy now, when it drew them, and under the reference; advantage [B].
     GRPO averages over the tokens of each answer, then over answers, so that a token of a long wrong answer counts less
-    than one of a short one. Dr. GRPO and RLOO divide all sums by one constant instead.
+    than one of a short one. Dr. GRPO and RLOO divide the sum over all tokens by one constant instead, B times
+    `config.length`. A ratio is clipped where it is further than `clip_ratio` from 1.
     """
     ratio = (new - old).exp()
     gain = clipped(ratio, advantage[:, None], config.clip_ratio)

@@ -109,7 +109,8 @@ def gae(rewards, guesses, mask, gamma: float, lam: float):
 
         delta_t = r_t + gamma V_(t+1) - V_t        A_t = delta_t + gamma lam A_(t+1)        return_t = A_t + V_t
 
-    Behind the last token nothing comes: V and A are 0 there. Schulman et al. (2016), equation 16.
+    Behind the last token nothing comes: V and A are 0 there, and so are both results. Schulman et al. (2016),
+    equation 16.
     """
     advantages, later = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     ahead = torch.zeros_like(later)  # V of the next token
@@ -122,7 +123,10 @@ def gae(rewards, guesses, mask, gamma: float, lam: float):
 
 
 def normalise(x, mask):
-    """x with mean 0 and spread 1 over the mask, 0 outside: a step is then as long whatever the size of the rewards."""
+    """x with mean 0 and spread 1 over the mask, 0 outside: a step is then as long whatever the size of the rewards.
+
+    The spread is the root of the mean squared distance from the mean, plus 1e-6.
+    """
     mean = masked_mean(x, mask)
     spread = masked_mean((x - mean).square(), mask).sqrt()
     return (x - mean) / (spread + 1e-6) * mask
@@ -138,7 +142,10 @@ def value_loss(guess, old, returns, mask, clip: float):
 
 
 def explained(guess, returns, mask) -> float:
-    """The share of the returns' variance that the critic guesses: 1 for all of it, 0 or less if it guesses nothing."""
+    """The share of the returns' variance that the critic guesses: 1 for all of it, 0 or less if it guesses nothing.
+
+    1 - variance of (returns - guess) / variance of the returns: a guess that is always too high by 3 loses nothing.
+    """
     error, mean = returns - guess, masked_mean(returns, mask)
     left = masked_mean((error - masked_mean(error, mask)).square(), mask)
     return (1 - left / masked_mean((returns - mean).square(), mask).clamp(min=1e-8)).item()
@@ -147,7 +154,8 @@ def explained(guess, returns, mask) -> float:
 def adapt(beta: float, kl: float, target: float) -> float:
     """A higher price where the policy is further away than wanted, and a lower one where it is nearer.
 
-    Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), section 2.2.
+    beta (1 + 0.1 e), where e = kl / target - 1, held between -0.2 and 0.2. Ziegler et al., "Fine-Tuning Language Models
+    from Human Preferences" (2019), section 2.2.
     """
     return beta * (1 + 0.1 * max(-0.2, min(0.2, kl / target - 1)))
 

@@ -40,7 +40,7 @@ class Rollout:
         return self.ids[:, -self.mask.shape[1]:]
 
     def rows(self, places) -> "Rollout":
-        """The same of some answers only, by their places."""
+        """The same of some answers only, by their places, a list or a tensor of numbers; `which` stays what it was."""
         places = [int(i) for i in places]
         lists = ([whole[i] for i in places] for whole in (self.texts, self.ended, self.which))
         return Rollout(self.ids[places], self.pad[places], self.mask[places], *lists)
@@ -50,7 +50,8 @@ class Rollout:
 def rollout(opened: Opened, asked: list[list[dict]], length: int, temperature: float = 1.0, n: int = 1, generator=None):
     """Draw `n` answers of at most `length` tokens to each conversation of `asked`, all in one batch -> Rollout.
 
-    Answers to one prompt stand next to each other. Raises BadInput where prompt and answer do not fit into the context.
+    Answers to one prompt stand next to each other; A is `length`, also where all of them end before. Raises BadInput
+    where prompt and answer do not fit into the context, which tells both sizes and the context's.
     """
     device = opened.model.tok_emb.weight.device
     encoded = [ids for messages in asked for ids in [prompt(opened, messages)] * n]
@@ -78,7 +79,8 @@ def log_probs(model, drawn: Rollout, temperature: float = 1.0, precision: str = 
 
     Scores are divided by the temperature, as they were for drawing. At temperature 0 nothing is drawn, and a law that
     has one possible answer has nothing to learn from it. In evaluation mode, as for drawing: with dropout, the ratio of
-    a policy to itself would not be 1.
+    a policy to itself would not be 1. Scores of less than float32 become float32, others stay as they are. Raises
+    BadInput for a temperature that is not above 0.
     """
     if temperature <= 0:
         raise BadInput(f"temperature {temperature}: to learn from what was drawn, it must be above 0")

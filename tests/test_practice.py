@@ -146,11 +146,52 @@ def test_a_copy_has_contracts_in_place_of_bodies_and_nothing_that_gives_them_awa
 
 
 def test_init_keeps_what_makes_attributes():
-    found = hollow(NEW, ["Net.__init__", "Config.__init__"])
+    found = hollow(NEW, ["Net.__init__", "Config.__init__"], {})
     assert found == edit(NEW, (
         "        for i in range(double):\n            self.start(i)\n        self.start(0)\n",
         "        raise NotImplementedError\n",
     )), "attributes with their comments, and what they need, stay; an __init__ that only assigns stays whole"
+
+
+REFUSING = """\
+import pytest
+from model import Net, area
+
+@pytest.mark.parametrize(("r", "word"), [(1, "a square"), (2, "a round")])
+def test_words(r, word):
+    with pytest.raises(ValueError, match=word):
+        area(r)
+
+def test_more():
+    net = Net(1)
+    with pytest.raises(ValueError, match=f"of {3} sides"):
+        area(3)
+    with pytest.raises(ValueError, match="empty"):
+        net.unknown()
+"""
+
+
+def test_a_blank_tells_the_words_that_are_looked_for_in_its_errors(course):
+    """A checkpoint that matches the text of an error would have to be read, or the text to be guessed."""
+    write(course, {"02_second/tests/test_words.py": REFUSING})
+    stages(course, "practice", "2")
+    told = "What checkpoints look for in its errors (regular expressions)"
+    looked = f'    # {told}: "a square", "a round", "of ... sides"\n'
+    text = copy(course).read_text("utf-8")
+    assert text.count("What checkpoints look for") == 1 and f"{looked}    raise NotImplementedError" in text, text
+    fill(course, "area")
+    stages(course, "check", "2", "--reset", "area")
+    assert copy(course).read_text("utf-8") == text, "blanked again it says the same"
+
+
+def test_the_command_line_is_given(course):
+    """Its flags and files would be guesswork; who names `main` may write it."""
+    more = "\n\ndef arguments(argv):\n    return argv\n\n\ndef main():\n    return area(2)\n"
+    write(course, {"02_second/model.py": NEW + more})
+    _, out, _ = stages(course, "practice", "2")
+    assert "given unless you name them: __post_init__, arguments, main" in out
+    assert copy(course).read_text("utf-8").endswith(more), "main is blank"
+    assert [line.split()[1] for line in out.splitlines()[1:6]] == ORDER, "only the lesson is to be written"
 
 
 def test_definitions_come_in_the_order_in_which_they_can_be_written(course):
@@ -270,6 +311,26 @@ def test_first(child):
 def test_second(child):
     pass
 """
+
+
+CATCHING = """\
+import model
+
+def test_refused():
+    try:
+        model.area(0)
+    except ValueError:
+        pass
+    except Exception as error:
+        raise AssertionError("another error than ValueError") from error
+"""
+
+
+def test_a_blank_whose_error_a_test_catches_is_waited_for_too(course):
+    write(course, {"02_second/tests/test_x.py": CATCHING})
+    stages(course, "practice", "2", "area")
+    code, out, _ = finish(course, "check", "2", "--practice")
+    assert code == 1 and "✗" not in out and "– area (4 wait for it)" in out, out
 
 
 def test_what_a_process_of_a_test_meets_is_waited_for_too(course):

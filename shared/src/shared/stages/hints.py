@@ -68,7 +68,7 @@ def meant(stage: Stage, word: str) -> Key:
     """The one definition that is asked about: of several the first that is not written yet. Raises BadInput."""
     practice.began(stage)
     chosen = choose(practice.exercises(stage), [word] if word else [])
-    left = [key for key in uses_of(stage.path).order(practice.unwritten(stage)) if key in chosen]
+    left = [key for key in practice.in_order(stage, practice.unwritten(stage)) if key in chosen]
     if not left and len(chosen) > 1:
         names = ", ".join(name for _, name in chosen) if word else "NAME"
         command = f"uv run stages check {stage.name[:2]} --practice NAME --hint"

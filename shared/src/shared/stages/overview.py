@@ -47,6 +47,11 @@ def advice(stages: list[repo.Stage], record: dict[str, Progress]) -> str:
     return "every checkpoint passes: change something, and see what it does to the loss"
 
 
+def last_written(stage: repo.Stage) -> float:
+    """When a file of the stage's practice copy was saved last, in seconds."""
+    return max(file.stat().st_mtime for file in practice.copy_of(stage).glob("*.py"))
+
+
 def show(args: argparse.Namespace) -> int:
     """Print the table and the advice."""
     top = repo.root()
@@ -70,5 +75,6 @@ def show(args: argparse.Namespace) -> int:
     for stage in stages:
         for go_on in unfinished(stage):
             say(f"unfinished: {go_on}")
-    say(f"next: {advice(stages, record)}")
+    begun = [stage for stage, told in practised.items() if told not in ("", "?")]
+    say(practice.next_step(max(begun, key=last_written)) if begun else f"next: {advice(stages, record)}")
     return 0

@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from shared.console import console, say
@@ -24,10 +25,12 @@ from shared.stages.blank import blanked, choose, header_end, is_blank, is_todo, 
 from shared.stages.definitions import FUNCTIONS, first_line, load, parse, walk
 from shared.stages.repo import Stage
 from shared.stages.uses import Key, uses_of
+from shared.stages.wording import wordings
 
 # What gives the answers away, and what runs leave behind.
 LEFT_OUT = shutil.ignore_patterns("traps.toml", "demos", "extras", "out", "__pycache__", ".pytest_cache")
 WITHOUT = re.compile(r"^\s*(from|import) (demos|extras)\b", re.M)  # a test file that needs it stays behind too
+GIVEN = ("__post_init__", "arguments", "main")  # unless they are named
 UNMANAGED = "[tool.uv]\nmanaged = false  # the environment is the course's\n"  # else `uv run` would make one here
 # Imports what it is told to import; where a blank stops it, prints the blank's place.
 TRY = """
@@ -56,8 +59,10 @@ def functions(source: str) -> dict[str, list[ast.FunctionDef]]:
     return found
 
 
-def hollow(source: str, names: Collection[str], old: str = "") -> str:
+def hollow(source: str, names: Collection[str], words: Mapping[str, list[str]], old: str = "") -> str:
     """`source` with the bodies of `names` blanked; below a blank stands the body that it has in `old`, if it has one.
+
+    Above it stands what checkpoints look for in its errors, which is in `words`.
 
     In `__init__` the statements that assign something stay, and with them `super().__init__()`, buffers and registered
     parts: checkpoints use attributes by name, and nobody should have to guess `tok_emb` or `norm1`. What goes is what
@@ -68,12 +73,22 @@ def hollow(source: str, names: Collection[str], old: str = "") -> str:
     for node, name, _ in reversed(list(walk(parse(source).body))):
         if isinstance(node, FUNCTIONS) and name in names and not is_given(node):
             text = blanked(node, lines)
+            if name in words and node.body[0].lineno != header_end(node, lines)[0]:
+                text[-1:-1] = comment(words[name], node.body[0].col_offset)
             if node.name == "__init__":
                 text[-1:-1] = [line for start, end in kept(node, lines) for line in lines[start:end]]
             elif len(earlier.get(name, [])) == 1 and node.body[0].lineno != header_end(node, lines)[0]:
                 text += body(earlier[name][0], before)
             lines[node.lineno - 1 : node.end_lineno] = text
     return "".join(lines)
+
+
+def comment(words: list[str], indent: int) -> list[str]:
+    """The lines that tell the words of a definition's errors."""
+    told = f"What checkpoints look for in its errors (regular expressions): {', '.join(map(json.dumps, words))}"
+    start = f"{' ' * indent}# "
+    lines = textwrap.wrap(told, 120, initial_indent=start, subsequent_indent=start, break_long_words=False)
+    return [f"{line}\n" for line in lines]
 
 
 def is_given(node: ast.FunctionDef) -> bool:
@@ -138,8 +153,8 @@ def exercises(stage: Stage) -> list[Key]:
 
 
 def usual(chosen: list[Key]) -> list[Key]:
-    """Without `__post_init__`, which has to be named: the words in which it refuses nonsense would be guesswork."""
-    return [(file, name) for file, name in chosen if not name.endswith("__post_init__")]
+    """Without what has to be named: the flags, files and words of the command line are no part of the lesson."""
+    return [(file, name) for file, name in chosen if name.rpartition(".")[2] not in GIVEN]
 
 
 def asked(stage: Stage) -> list[Key]:
@@ -176,6 +191,11 @@ def is_open(node: ast.FunctionDef | None) -> bool:
     return node is None or is_blank(node) or any(map(is_todo, node.body))
 
 
+def of_file(words: dict[Key, list[str]], file: str) -> dict[str, list[str]]:
+    """The part of `wordings` that is about one file, by the names of definitions."""
+    return {name: texts for (other, name), texts in words.items() if other == file}
+
+
 def fresh(stage: Stage, folder: Path) -> None:
     """Write the stage's files into `folder`, without what gives answers away and without what runs leave behind."""
     # New dates for all: in a bug hunt the one file that is younger than the others would be the one with the mistake.
@@ -198,6 +218,7 @@ def make(stage: Stage, chosen: list[Key], from_previous: bool = False) -> list[K
         go_on = f"go on with it (uv run stages check {stage.name[:2]} --practice), or move it away to start again"
         raise BadInput(f"practice/{stage.name} is there already and is never overwritten: {go_on}")
     old, given = repo.before(stage) if from_previous else None, []
+    words = wordings(uses_of(stage.path))
     try:
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -206,7 +227,7 @@ def make(stage: Stage, chosen: list[Key], from_previous: bool = False) -> list[K
             for file in stage.trunk():
                 names = [name for other, name in chosen if other == file.name]
                 before = text(old.path / file.name) if old and (old.path / file.name).is_file() else ""
-                (new / file.name).write_text(hollow(text(file), names, before), "utf-8")
+                (new / file.name).write_text(hollow(text(file), names, of_file(words, file.name), before), "utf-8")
             while (stop := stopped(new)) in {*chosen} - {*given}:
                 given.append(stop)
                 file, name = stop
@@ -246,7 +267,8 @@ def reset(stage: Stage, word: str) -> None:
         course, mine = text(stage.path / file), began(stage) / file
         if name not in learners(stage, file):
             raise BadInput(f"practice/{stage.name}/{file} has no {name}: copy its `def` line from {stage.name}/{file}")
-        mine.write_text(graft(text(mine), [name], hollow(course, [name])), "utf-8")
+        words = of_file(wordings(uses_of(stage.path)), file)
+        mine.write_text(graft(text(mine), [name], hollow(course, [name], words)), "utf-8")
         say(f"{name} is blank again in practice/{stage.name}/{file}")
 
 
@@ -287,9 +309,15 @@ def label(key: Key, known: list[Key]) -> str:
     return f"{file[:-3]}.{name}" if sum(name == other for _, other in known) > 1 else name
 
 
+def in_order(stage: Stage, chosen: list[Key]) -> list[Key]:
+    """Definitions in the order of the list that `stages practice` shows."""
+    return [key for key in uses_of(stage.path).order(exercises(stage)) if key in chosen]
+
+
 def next_step(stage: Stage, word: str = "") -> str:
     """One line: what to write next, `word` before others. Raises BadInput for a file that is not Python."""
-    known, left, number = exercises(stage), uses_of(stage.path).order(unwritten(stage)), stage.name[:2]
+    known, number = exercises(stage), stage.name[:2]
+    left = in_order(stage, unwritten(stage))
     left = [key for key in left if word and key in choose(known, [word])] or left
     if not left and word:
         return f"all is written; every checkpoint: uv run stages check {number} --practice"
@@ -315,7 +343,7 @@ def command(args: argparse.Namespace) -> int:
     """Make the copy, list what is to be written."""
     stage = repo.find(args.stage)
     known = exercises(stage)
-    chosen = uses_of(stage.path).order(choose(known, args.definitions) if args.definitions else usual(known))
+    chosen = in_order(stage, choose(known, args.definitions) if args.definitions else usual(known))
     given = make(stage, chosen, args.from_previous)
     todo = [key for key in chosen if key not in given]
     say(f"practice/{stage.name}: {len(todo)} definitions to write, in this order")
@@ -324,6 +352,8 @@ def command(args: argparse.Namespace) -> int:
         say(f"{i:4}  {label(key, known):40} practice/{stage.name}/{key[0]}:{row}")
     if given:
         say(f"given, because the modules cannot be imported without: {', '.join(name for _, name in given)}")
+    if not args.definitions:
+        say(f"given unless you name them: {', '.join(GIVEN)}")
     say("Each docstring says what its definition has to do; write it in place of `raise NotImplementedError`.")
     say(next_step(stage))
     return 0

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from shared.stages.checkpoints import Checkpoints, End, configure, test_id, worst
+from shared.stages.checkpoints import Checkpoints, End, configure, first_words, place, test_id, worst
 from shared.stages.compared import Memory
 from shared.stages.definitions import split
 from shared.stages.diagnosis import Diagnosis
@@ -68,7 +68,14 @@ class Waiting(Checkpoints):
         return report
 
     def printed(self, error: BaseException, report) -> str:
-        """Where the blank is that stands in what was printed: "model.py:12". The tests of a fixture share its error."""
+        """Where the blank is, "model.py:12", that was met by a process of the test, or whose error the test caught.
+
+        It stands in what was printed, or behind the error that the test made of it. Tests of a fixture share its error.
+        """
+        if cause := error.__cause__ or error.__context__:
+            file, row, _ = place(cause, self.top)
+            if blank(self.top, End(message=first_words(cause), where=f"{file}:{row}")):
+                self.met[error] = f"{file}:{row}"
         told = "\n".join([str(error), *(text for _, text in report.sections)])
         for file, row in PRINTED.findall(told):
             if Path(file).is_relative_to(self.top):

@@ -15,7 +15,7 @@ from shared.stages import hints, practice, repo, warm
 from shared.stages.check import check, conclusion
 from shared.stages.definitions import load
 from shared.stages.finished import finished
-from shared.stages.uses import Key, uses_of
+from shared.stages.uses import Key
 
 from rich.markup import escape
 
@@ -88,7 +88,7 @@ class Watch:
 
     def order(self, keys: list[Key]) -> list[Key]:
         """Definitions in the order in which they can be written."""
-        return uses_of(self.stage.path).order(keys)
+        return practice.in_order(self.stage, keys)
 
     def left(self) -> list[Key]:
         """What is not written yet. Raises BadInput for a broken file."""
