@@ -25,6 +25,7 @@ def shuffle_lines(text: str, seed: int) -> str:
     """A word list in random order, since a split by position would be unfair to a sorted one.
 
     A line break before each word and one after the last: every word begins and ends with the same boundary token.
+    Empty lines are left out.
     """
     words = text.split()
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed))

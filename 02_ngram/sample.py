@@ -21,7 +21,7 @@ from model import KneserNey, ModelConfig
 
 
 def generate(model, context, boundary: int | None = None, generator=None):
-    """Draw tokens without end, each from the model's distribution given all that came before.
+    """Draw tokens without end, each from the model's distribution given the block_size tokens before it.
 
     context [B, T], T >= block_size: B texts at once. Yields [B], one new token for each text. With a `boundary` token,
     nothing before it is used.

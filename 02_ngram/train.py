@@ -52,7 +52,7 @@ def evaluate(model, x, y, rows: int = 2**16) -> float:
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The learning rate of step 0, 1, ... as a share of the highest one: from 1 in a straight line towards 0.
+    """The learning rate of step 0, 1, ... as a share of the highest one: from 1 in a straight line to 0 after the last.
 
     Smaller and smaller steps average the noise of the batches out.
     """
@@ -62,6 +62,7 @@ def schedule(step: int, config: TrainConfig) -> float:
 def train(model, x, y, config: TrainConfig):
     """Stochastic gradient descent: step against the gradient of the loss on a random handful of examples.
 
+    A generator of its own draws them, begun with config.seed, so that the seed decides what is drawn and nothing else.
     Yields (step, loss) after each step. Raises BadInput at the first loss that is infinite or nan, before it reaches
     the weights.
     """
@@ -87,7 +88,7 @@ def perplexity(loss: float) -> float:
 
 
 def result(name: str, model, x, y, tokens: int, seconds: float) -> dict:
-    """What a model reached on the examples x, y and what it took."""
+    """What a model reached on the examples x, y and what it took: name, params, tokens, seconds, val_loss."""
     return {
         "name": name, "params": model.n_params(), "tokens": tokens, "seconds": round(seconds, 3),
         "val_loss": evaluate(model, x, y),
@@ -95,14 +96,17 @@ def result(name: str, model, x, y, tokens: int, seconds: float) -> dict:
 
 
 def count(name: str, model, x, y, val_x, val_y) -> dict:
-    """Fit a counting model to the examples x, y and score it on others."""
+    """Fit a counting model to the examples x, y, its tokens, and score it on others. Timed is the fit alone."""
     start = time.perf_counter()
     model.fit(x, y)
     return result(name, model, val_x, val_y, len(y), time.perf_counter() - start)
 
 
 def count_orders(shapes, x, y, val_x, val_y) -> list[dict]:
-    """Both counting models of every shape: the results of add-k and Kneser-Ney in turn."""
+    """Both counting models of every shape: the results of add-k and Kneser-Ney in turn.
+
+    Their names: "unigram, add-k", "unigram, Kneser-Ney", "bigram, ...", "trigram, ...", "4-gram, ..." and so on.
+    """
     results = []
     for shape in shapes:
         order = shape.block_size + 1
@@ -113,7 +117,10 @@ def count_orders(shapes, x, y, val_x, val_y) -> list[dict]:
 
 
 def learn(model, x, y, val_x, val_y, config: TrainConfig, log: RunLog) -> dict:
-    """Train the neural bigram under a progress line and score it."""
+    """Train the neural bigram under a progress line and score it.
+
+    The log gets `train_loss` at every tenth step. Named "neural bigram"; its tokens are all that it was shown.
+    """
     start = time.perf_counter()
     with progress(config.steps, "neural bigram") as bar:
         for step, loss in train(model, x, y, config):
@@ -135,7 +142,10 @@ def distance(a, b, x) -> float:
 
 
 def summary(counted: list[dict], learned: dict) -> list[dict]:
-    """One row for each order: both smoothings, the neural bigram beside the counted, Kneser-Ney in other units."""
+    """One row for each order: both smoothings, the neural bigram beside the counted, Kneser-Ney in other units.
+
+    The columns: order, add-k, neural (None but for the bigram), Kneser-Ney, perplexity, bits/char, seconds.
+    """
     rows = []
     for order, (add_k, kneser_ney) in enumerate(zip(counted[::2], counted[1::2], strict=True), 1):
         loss = kneser_ney["val_loss"]

@@ -36,8 +36,9 @@ def windows(data: torch.Tensor, block_size: int):
 def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int):
     """Minibatches without end: each pass over the text draws every window once, in a new order.
 
-    Yields x [batch_size, block_size], y [batch_size]; a text with fewer windows is one batch. Drawing windows
-    independently would show some three times before others once.
+    Yields x [batch_size, block_size], y [batch_size]; a text with fewer windows is one batch. The few windows that do
+    not fill a batch at the end of a pass are left out of it. Drawing windows independently would show some three times
+    before others once.
     """
     x, y = windows(data, block_size)
     batch_size = min(batch_size, len(x))

@@ -41,6 +41,7 @@ class ModelConfig:
 class MLP(nn.Module):
     """Characters [B, T] -> scores of the next one [B, V].
 
+    The head starts with a tenth of torch's weights and with biases of 0, so that the first loss is about ln V.
     Bengio, Ducharme, Vincent & Jauvin, "A Neural Probabilistic Language Model" (2003), without its direct connections.
     """
 

@@ -64,7 +64,7 @@ def evaluate(model, data, rows: int = 2**13) -> float:
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The learning rate of step 0, 1, ... as a share of the highest one: from 1 in a straight line towards 0.
+    """The learning rate of step 0, 1, ... as a share of the highest one: from 1 in a straight line to 0 after the last.
 
     Smaller and smaller steps average the noise of the batches out.
     """
@@ -77,8 +77,9 @@ def make_optimizer(model, config: TrainConfig):
 
 
 def train(model, stream, config: TrainConfig, optimizer):
-    """Minibatch training on the batches x, y of `stream`.
+    """Minibatch training on the batches x, y of `stream`, which are moved to the model's device.
 
+    Each group of the optimizer has a highest rate of its own, the one that it came with.
     Yields (step, loss) after each step. Raises BadInput at the first loss that is infinite or nan, before it reaches
     the weights.
     """
@@ -101,6 +102,7 @@ def train(model, stream, config: TrainConfig, optimizer):
 def look(step: int, model, data, config: TrainConfig, log) -> float:
     """Score the model on the whole validation text and write a sample -> nats per character.
 
+    The log gets `val_loss`, the screen "step 20: validation loss 1.6590" and the sample, which begins as a text does.
     Raises BadInput for a loss that is infinite or nan.
     """
     val_loss = evaluate(model, data.val)

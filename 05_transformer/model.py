@@ -86,7 +86,8 @@ def sinusoidal_positions(block_size: int, n_embd: int):
 def attention_weights(q, k):
     """How much each position attends to each: softmax(q k^T / sqrt(D)) over the past, [..., T, D] x 2 -> [..., T, T].
 
-    Row t sums to 1 and is 0 after t: a position that saw the token it has to predict would have nothing to learn.
+    Row t sums to 1 and is 0 after t: a position that saw the token it has to predict would have nothing to learn. The
+    mask is made on the device of q.
     """
     T, D = q.shape[-2:]
     # A dot product of D terms has variance D. Unscaled, softmax would pick one winner and pass no gradient to the rest.
@@ -107,6 +108,7 @@ class CausalSelfAttention(nn.Module):
     """Attention in H heads side by side, each on its own D = C / H channels.
 
     [B, T, C] -> q, k, v [B, H, T, D] -> heads' outputs [B, H, T, D] -> concatenated [B, T, C] -> projected [B, T, C]
+    All four layers start with `variance_scaling_`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -133,7 +135,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C]."""
+    """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C].
+
+    Both start with `variance_scaling_`, the second with gain sqrt(2), since half of the units are silent.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -169,6 +174,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens [B, T] -> scores [B, T, V]: position t scores every candidate for token t + 1.
 
+    Raises BadInput for more than block_size tokens. At the start tokens and positions have a spread of 1 / sqrt(C), and
+    the head a gain of 0.1, so that the first loss is about ln V.
     Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018).
     """
 

@@ -73,8 +73,8 @@ def evaluate(model, data, rows: int = 64) -> float:
 def schedule(step: int, config: TrainConfig) -> float:
     """The learning rate of step 0, 1, ... as a share of the highest one.
 
-    1. a straight rise over the warm-up, while AdamW's averages are young; 2. a straight fall towards 0. Smaller and
-    smaller steps average the noise of the batches out.
+    1. a straight rise over the warm-up, while AdamW's averages are young: step 0 has 1 / warmup; 2. a straight fall
+    from 1, to 0 after the last step. Smaller and smaller steps average the noise of the batches out.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -82,7 +82,10 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model, config: TrainConfig):
-    """AdamW with weight decay on the matrices only: decay would pull norms' scales and biases to 0 for no gain."""
+    """AdamW with weight decay on the matrices only: decay would pull norms' scales and biases to 0 for no gain.
+
+    Tables of vectors count as matrices. The first moment's beta is 0.9.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -90,8 +93,9 @@ def make_optimizer(model, config: TrainConfig):
 
 
 def train(model, stream, config: TrainConfig, optimizer):
-    """Minibatch training on the batches x, y of `stream`.
+    """Minibatch training on the batches x, y of `stream`, which are moved to the model's device.
 
+    Each group of the optimizer has a highest rate of its own, the one that it came with.
     Yields (step, loss) after each step. Raises BadInput at the first loss that is infinite or nan, before it reaches
     the weights.
     """
@@ -114,6 +118,7 @@ def train(model, stream, config: TrainConfig, optimizer):
 def look(step: int, model, data, config: TrainConfig, log) -> float:
     """Score the model on the whole validation text and write a sample -> nats per character.
 
+    The log gets `val_loss`, the screen "step 20: validation loss 1.6590" and the sample, which begins as a text does.
     Raises BadInput for a loss that is infinite or nan.
     """
     val_loss = evaluate(model, data.val)

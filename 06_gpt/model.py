@@ -70,7 +70,8 @@ def variance_scaling_(layer: nn.Linear, gain: float = 1.0):
 def attention_weights(q, k):
     """How much each position attends to each: softmax(q k^T / sqrt(D)) over the past, [..., T, D] x 2 -> [..., T, T].
 
-    Row t sums to 1 and is 0 after t: a position that saw the token it has to predict would have nothing to learn.
+    Row t sums to 1 and is 0 after t: a position that saw the token it has to predict would have nothing to learn. The
+    mask is made on the device of q.
     """
     T, D = q.shape[-2:]
     # A dot product of D terms has variance D. Unscaled, softmax would pick one winner and pass no gradient to the rest.
@@ -94,6 +95,7 @@ class CausalSelfAttention(nn.Module):
     """Attention in H heads side by side, each on its own D = C / H channels.
 
     [B, T, C] -> q, k, v [B, H, T, D] -> heads' outputs [B, H, T, D] -> concatenated [B, T, C] -> projected [B, T, C]
+    All four layers start with `variance_scaling_`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -122,7 +124,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C]."""
+    """Two layers with a non-linearity between them, for each position on its own: [..., C] -> [..., 4C] -> [..., C].
+
+    Both start with `variance_scaling_`, the second with gain sqrt(2), since half of the units are silent.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -160,6 +165,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens [B, T] -> scores [B, T, V]: position t scores every candidate for token t + 1.
 
+    Raises BadInput for more than block_size tokens. At the start vectors have a spread of 1 / sqrt(C), what
+    each branch adds is divided by sqrt(2 n_layer), and the last norm's scale is 0.1, for a first loss of about ln V.
     Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019).
     """
 

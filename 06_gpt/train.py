@@ -107,8 +107,8 @@ def evaluate(model, data, rows: int = 64, precision: str = "float32") -> float:
 def schedule(step: int, config: TrainConfig) -> float:
     """The learning rate of step 0, 1, ... as a share of the highest one.
 
-    1. a straight rise over the warm-up, while AdamW's averages are young; 2. a straight fall towards 0. Smaller and
-    smaller steps average the noise of the batches out.
+    1. a straight rise over the warm-up, while AdamW's averages are young: step 0 has 1 / warmup; 2. a straight fall
+    from 1, to 0 after the last step. Smaller and smaller steps average the noise of the batches out.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -116,7 +116,10 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model, config: TrainConfig):
-    """AdamW with weight decay on the matrices only: decay would pull norms' scales and biases to 0 for no gain."""
+    """AdamW with weight decay on the matrices only: decay would pull norms' scales and biases to 0 for no gain.
+
+    Tables of vectors count as matrices. The first moment's beta is 0.9.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -143,6 +146,7 @@ def gradient(model, x, y, config: TrainConfig):
 def train(model, stream, config: TrainConfig, optimizer, start: int = 0, stop=lambda: False):
     """Minibatch training on the batches x, y of `stream`, from step `start` on; ends early once `stop()` is true.
 
+    Each group of the optimizer has a highest rate of its own, the one that it came with.
     Yields (step, loss) after each step. Raises BadInput at the first loss that is infinite or nan, before it reaches
     the weights. In a run of several processes each takes its share of every batch, and all stop together.
     """
@@ -173,6 +177,7 @@ def train(model, stream, config: TrainConfig, optimizer, start: int = 0, stop=la
 def look(step: int, model, data, config: TrainConfig, log) -> float:
     """Score the model on the whole validation text and write a sample -> nats per character.
 
+    The log gets `val_loss`, the screen "step 20: validation loss 1.6590" and the sample, which begins as a text does.
     Raises BadInput for a loss that is infinite or nan.
     """
     val_loss = data.nats_per_char(evaluate(model, data.val, config.micro_batch, config.precision))

@@ -71,7 +71,8 @@ class ModelConfig:
 class RMSNorm(nn.Module):
     """Every position's vector gets a root mean square of 1, then a learned scale: [..., C] -> [..., C].
 
-    LayerNorm without the mean and without the shift. Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
+    LayerNorm without the mean and without the shift, worked out in float32 or better and then given the type of x.
+    Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
 
     def __init__(self, n_channels: int, eps: float = 1e-6):
@@ -99,7 +100,8 @@ def rope_table(T: int, config: ModelConfig, device=None):
 
     Pair i turns by base^(-2i / D) radians from one position to the next: the first pair by 1, the last hardly at all.
     With a factor above 1, Llama 3.1's rule slows down the pairs that turn less than a few times over the positions
-    first trained on, so that angles at later positions are angles that were seen.
+    first trained on, so that angles at later positions are angles that were seen. A pair with n turns over these has
+    its speed multiplied by s + (1 - s) / factor, where s = (n - low) / (high - low), held between 0 and 1.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     speed = config.rope_base ** (-pairs / config.head_dim)  # [D / 2], radians per position
@@ -114,6 +116,7 @@ def rotate(x, cos, sin):
     """Turn each pair of channels of `x` [..., T, D] by its position's angle.
 
     The dot product of two turned vectors depends on the difference of their positions and on nothing else about them.
+    cos and sin are float32; the result has the type of x, which may be narrower or wider.
     Channel i is paired with i + D / 2, as open weights are stored; the paper pairs 2i with 2i + 1.
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
     """
@@ -124,7 +127,8 @@ def rotate(x, cos, sin):
 def attention_weights(q, k):
     """How much each position attends to each: softmax(q k^T / sqrt(D)) over the past, [..., T, D] x 2 -> [..., T, T].
 
-    Row t sums to 1 and is 0 after t: a position that saw the token it has to predict would have nothing to learn.
+    Row t sums to 1 and is 0 after t: a position that saw the token it has to predict would have nothing to learn. The
+    mask is made on the device of q.
     """
     T, D = q.shape[-2:]
     # A dot product of D terms has variance D. Unscaled, softmax would pick one winner and pass no gradient to the rest.
@@ -150,7 +154,8 @@ class CausalSelfAttention(nn.Module):
     """Attention in H heads of queries side by side, which share K heads of keys and values.
 
     [B, T, C] -> q [B, H, T, D], k and v [B, K, T, D] -> heads' outputs [B, H, T, D] -> concatenated [B, T, H D]
-    -> projected [B, T, C]. Ainslie et al., "GQA" (2023); with K = 1: Shazeer (2019).
+    -> projected [B, T, C]. All four layers start with `variance_scaling_`.
+    Ainslie et al., "GQA" (2023); with K = 1: Shazeer (2019).
     """
 
     def __init__(self, config: ModelConfig):
@@ -167,6 +172,7 @@ class CausalSelfAttention(nn.Module):
             variance_scaling_(layer)
 
     def forward(self, x, rope=None):
+        """`rope` is what `rope_table` gives; without it nothing is turned."""
         q, k, v = (self.split_heads(layer(x)) for layer in (self.query, self.key, self.value))
         q, k = self.query_norm(q), self.key_norm(k)  # over the channels of each head
         if rope is not None:  # values carry no position: they are averaged, not compared
@@ -224,6 +230,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens [B, T] -> scores [B, T, V]: position t scores every candidate for token t + 1.
 
+    At the start the tokens' vectors have a spread of 1 / sqrt(C), what each branch adds is divided by sqrt(2 n_layer),
+    and the last norm's scale is 0.1, so that the first loss is about ln V.
     Yang et al., "Qwen3 Technical Report" (2025). Without QK-norm: Grattafiori et al., "The Llama 3 Herd of Models"
     (2024).
     """
@@ -248,6 +256,7 @@ class GPT(nn.Module):
         nn.init.constant_(self.norm.weight, 0.1)
 
     def forward(self, idx):
+        """Raises BadInput for more than block_size tokens."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise BadInput(f"{T} tokens do not fit into block_size {self.config.block_size}: keep the last ones only")

@@ -117,7 +117,8 @@ def schedule(step: int, config: TrainConfig) -> float:
     """The learning rate of step 0, 1, ... as a share of the highest one.
 
     1. a straight rise over the warm-up, while the optimisers' averages are young; 2. the highest rate for a time;
-    3. a straight fall towards 0: smaller and smaller steps average the noise of the batches out.
+    3. a straight fall towards 0: smaller and smaller steps average the noise of the batches out. Where rise and fall
+    overlap, the lower of both counts.
     Warm-up, stable, decay: Hu et al., "MiniCPM" (2024).
     """
     rise = (step + 1) / max(1, config.warmup)
@@ -129,6 +130,7 @@ def make_optimizer(model, config: TrainConfig):
     """Muon for the matrices inside the blocks, AdamW for embedding and head, and for the norms' scales without decay.
 
     By name and not by shape: an embedding is a matrix too, but a table of vectors, of which each batch uses a few.
+    Together under the names adamw and muon, in this order: the log shows the first rate.
     """
     named = dict(model.named_parameters())
     scales = [name for name in named if "norm" in name]
@@ -162,6 +164,7 @@ def gradient(model, x, y, config: TrainConfig):
 def train(model, stream, config: TrainConfig, optimizer, start: int = 0, stop=lambda: False):
     """Minibatch training on the batches x, y of `stream`, from step `start` on; ends early once `stop()` is true.
 
+    Each group of the optimizer has a highest rate of its own, the one that it came with.
     Yields (step, loss) after each step. Raises BadInput at the first loss that is infinite or nan, before it reaches
     the weights. In a run of several processes each takes its share of every batch, and all stop together.
     """
@@ -190,6 +193,7 @@ def train(model, stream, config: TrainConfig, optimizer, start: int = 0, stop=la
 def look(step: int, model, data, config: TrainConfig, log) -> float:
     """Score the model on the whole validation text and write a sample -> nats per character.
 
+    The log gets `val_loss`, the screen "step 20: validation loss 1.6590" and the sample, which begins as a text does.
     Raises BadInput for a loss that is infinite or nan.
     """
     val_loss = data.nats_per_char(evaluate(model, data.val, config.micro_batch, config.precision))

@@ -90,7 +90,8 @@ class ModelConfig:
 class RMSNorm(nn.Module):
     """Every position's vector gets a root mean square of 1, then a learned scale: [..., C] -> [..., C].
 
-    LayerNorm without the mean and without the shift. Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
+    LayerNorm without the mean and without the shift, worked out in float32 or better and then given the type of x.
+    Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
 
     def __init__(self, n_channels: int, eps: float = 1e-6):
@@ -120,7 +121,8 @@ def rope_table(positions, config: ModelConfig):
 
     Pair i turns by base^(-2i / D) radians from one position to the next: the first pair by 1, the last hardly at all.
     With a factor above 1, Llama 3.1's rule slows down the pairs that turn less than a few times over the positions
-    first trained on, so that angles at later positions are angles that were seen.
+    first trained on, so that angles at later positions are angles that were seen. A pair with n turns over these has
+    its speed multiplied by s + (1 - s) / factor, where s = (n - low) / (high - low), held between 0 and 1.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     speed = config.rope_base ** (-pairs / config.head_dim)  # [D / 2], radians per position
@@ -135,6 +137,7 @@ def rotate(x, cos, sin):
     """Turn each pair of channels of `x` [..., T, D] by its position's angle.
 
     The dot product of two turned vectors depends on the difference of their positions and on nothing else about them.
+    cos and sin are float32; the result has the type of x, which may be narrower or wider.
     Channel i is paired with i + D / 2, as open weights are stored; the paper pairs 2i with 2i + 1.
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
     """
@@ -188,7 +191,8 @@ class CausalSelfAttention(nn.Module):
     """Attention in H heads of queries side by side, which share K heads of keys and values.
 
     [B, T, C] -> q [B, H, T, D], k and v [B, K, T, D] -> heads' outputs [B, H, T, D] -> concatenated [B, T, H D]
-    -> projected [B, T, C]. Ainslie et al., "GQA" (2023); with K = 1: Shazeer (2019).
+    -> projected [B, T, C]. All four layers start with `variance_scaling_`.
+    Ainslie et al., "GQA" (2023); with K = 1: Shazeer (2019).
     """
 
     def __init__(self, config: ModelConfig):
@@ -266,6 +270,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens [B, T] -> scores [B, T, V]: position t scores every candidate for token t + 1.
 
+    At the start the tokens' vectors have a spread of 1 / sqrt(C), what each branch adds is divided by sqrt(2 n_layer),
+    and the last norm's scale is 0.1, so that the first loss is about ln V.
     Yang et al., "Qwen3 Technical Report" (2025). Without QK-norm: Grattafiori et al., "The Llama 3 Herd of Models"
     (2024).
     """

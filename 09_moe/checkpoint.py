@@ -19,7 +19,7 @@ PARTS |= {"optimizer": dict, "args": dict, "step": int, "seconds": float}  # wha
 
 
 def save(path: Path, model, tokenizer, **run):
-    """Write what `load` needs. The file appears whole or not at all."""
+    """Write what `load` needs, under the names of PARTS. The file appears whole or not at all."""
     state = {"config": asdict(model.config), "tokenizer": tokenizer.state(), "model": model.state_dict(), **run}
     content = io.BytesIO()
     torch.save(state, content)
@@ -27,12 +27,15 @@ def save(path: Path, model, tokenizer, **run):
 
 
 def damaged(path: Path, reason) -> BadInput:
-    """The error for a file that does not hold what it should."""
+    """The error for a file that does not hold what it should: one line, which names the file."""
     return BadInput(f"{path} is damaged or from another version ({reason}): train again")
 
 
 def read(path: Path, device="cpu") -> dict:
-    """What `save` put into the file. Raises BadInput when there is no file or it is damaged."""
+    """What `save` put into the file. Raises BadInput when there is no file or it is damaged.
+
+    Where there is none, the error tells the command that trains this run, which the file's folder is named after.
+    """
     if not path.is_file():
         train = command(Path(__file__).parent.name, "train.py", "--name", path.parent.name)
         raise BadInput(f"no checkpoint at {path}: train first, with {train}")

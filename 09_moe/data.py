@@ -64,7 +64,8 @@ def windows(data: torch.Tensor, block_size: int):
 def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, start: int = 0):
     """Minibatches without end: each pass over the text draws every window once, in a new order.
 
-    Yields x, y [batch_size, block_size]; raises BadInput for a text that does not fill one batch. Drawing windows
+    Yields x, y [batch_size, block_size]. A pass begins at a random offset below block_size, drawn anew, and has as many
+    whole batches as fit behind the largest one; raises BadInput for a text where that is none. Drawing windows
     independently would show some three times before others once.
     Each pass has a generator of its own, so that a run goes on at batch `start` as if it had never stopped.
     """

@@ -102,7 +102,8 @@ def open_model(name: str | Path, device="cpu") -> hf.Opened:
 def prompt(opened: hf.Opened, messages: list[dict], **more) -> list[int]:
     """A conversation -> the ids that the model answers to.
 
-    Raises BadInput for a message that holds a tag: it would end there, and go on in someone else's name.
+    Raises BadInput for a message that holds a tag, which is any special token: it would end there, and go on in someone
+    else's name.
     """
     for message in messages:
         for name in opened.tokenizer.special:
@@ -122,7 +123,8 @@ def conversation(opened: hf.Opened, messages: list[dict]) -> Example:
     """A whole conversation as tokens, of which those of the answers are to be learned, and the token that ends each.
 
     The text is tokenised in one piece, since merges across the edge of a part could give other tokens. Where an answer
-    begins is where the prompt for it ends. Raises BadInput for a template in which that is not so.
+    begins is where the prompt for it ends. Raises BadInput for a template in which that is not so, or in which an
+    answer has no end.
     """
     ids = prompt(opened, messages, add_generation_prompt=False)
     learned = [False] * len(ids)

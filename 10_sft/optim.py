@@ -15,8 +15,8 @@ def orthogonalise(matrices, steps: int = 5, eps: float = 1e-7):
     """The nearest matrices whose singular values are all about 1: U S V^T -> about U V^T, [N, m, n] -> [N, m, n].
 
     Newton-Schulz iteration, in matrix products only: each step maps every singular value s to a s + b s^3 + c s^5. The
-    numbers a, b, c (from the source above) are chosen for speed: small values grow 3.4 times in a step, and five steps
-    leave all but the smallest between 0.7 and 1.2, which is near enough.
+    numbers a, b, c (3.4445, -4.7750, 2.0315, from the source above) are chosen for speed: small values grow 3.4 times
+    in a step, and five steps leave all but the smallest between 0.7 and 1.2, which is near enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -55,7 +55,11 @@ class Muon(torch.optim.Optimizer):
                     weight.sub_(direction, alpha=group["lr"] * max(1, m / n) ** 0.5)  # a tall one moves more rows
 
     def direction(self, weight, momentum: float):
-        """The mean of the gradients of `weight` so far, this one included and counted once more."""
+        """The mean of the gradients of `weight` so far, this one included and counted once more (Nesterov).
+
+        mean <- momentum mean + (1 - momentum) gradient, from 0 on, is kept in self.state[weight]["momentum"]; the
+        direction is the same sum once more: momentum mean + (1 - momentum) gradient.
+        """
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)

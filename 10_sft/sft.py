@@ -100,7 +100,8 @@ def gradient(model, examples: list[Example], config: SFTConfig):
     """Add the gradient of the mean loss per learned token to the parameters, a micro-batch at a time -> loss.
 
     Parts have different numbers of such tokens, and each counts by its share of the tokens. In a mean of the parts'
-    means, the tokens of a part with few of them would weigh more.
+    means, the tokens of a part with few of them would weigh more. What routers add counts by the same share, and is not
+    in the loss that is returned.
     """
     parts = [examples[i:i + config.micro_batch] for i in range(0, len(examples), config.micro_batch)]
     batches = [collate(part, room(model, part) if config.pack else None) for part in parts]
@@ -115,7 +116,10 @@ def gradient(model, examples: list[Example], config: SFTConfig):
 
 
 def room(model, examples: list[Example]) -> int:
-    """Tokens in a packed row: as many as the model's context, but 512 at most, and enough for the longest example."""
+    """Tokens in a packed row: as many as the model's context, but 512 at most, and enough for the longest example.
+
+    An example of N tokens takes N - 1 places.
+    """
     return max(min(model.config.block_size, 512), *(len(example.ids) - 1 for example in examples))
 
 

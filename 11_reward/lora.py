@@ -55,7 +55,10 @@ class LoRAConfig:
 
 
 class LoRA(nn.Module):
-    """A frozen layer with an adapter beside it: [..., in] -> [..., out]."""
+    """A frozen layer with an adapter beside it: [..., in] -> [..., out].
+
+    A starts with a spread of 1 / sqrt(in), B with zeros: at first the adapter changes nothing.
+    """
 
     def __init__(self, layer: nn.Module, config: LoRAConfig):
         super().__init__()
@@ -91,7 +94,7 @@ def adapters(model) -> dict[str, LoRA]:
 def add(model, config: LoRAConfig, targets=TARGETS):
     """Freeze the model, and put adapters beside the matrices of its blocks that `targets` names.
 
-    A target is the last part of a name, "query", or all of it, "blocks.3.attn.query".
+    A target is the last part of a name, "query", or all of it, "blocks.3.attn.query". Returns the model.
     Raises BadInput where there is none of them, or where the model has adapters already.
     """
     if adapters(model):
@@ -111,7 +114,8 @@ def add(model, config: LoRAConfig, targets=TARGETS):
 def merge(model):
     """Add each adapter to its matrix, and take it away: the same scores, at the speed of the base.
 
-    Raises BadInput for a base in four bits: a sum would have to be rounded again.
+    A matrix keeps its type. Returns the model, all of whose parameters can be tuned again. Raises BadInput for a base
+    in four bits, whose weights are no nn.Parameter: a sum would have to be rounded again.
     """
     found = adapters(model)
     if any(not isinstance(lora.layer.weight, nn.Parameter) for lora in found.values()):
@@ -125,13 +129,20 @@ def merge(model):
 
 
 def peft_names(model) -> dict[str, str]:
-    """What PEFT calls our matrices: blocks.0.attn.query is base_model.model.model.layers.0.self_attn.q_proj."""
+    """What PEFT calls our matrices: blocks.0.attn.query is base_model.model.model.layers.0.self_attn.q_proj.
+
+    Of all tensors of the model, by `layout`, also of those that can have no adapter.
+    """
     return {ours.removesuffix(".weight"): PREFIX + theirs.removesuffix(".weight")
             for theirs, (ours, *_) in layout(model.config).items()}
 
 
 def save_adapter(model, folder: Path, base: str) -> Path:
-    """Write the adapters of `model` as PEFT does. `base` is the name or folder of the model that they belong to."""
+    """Write the adapters of `model` as PEFT does. `base` is the name or folder of the model that they belong to.
+
+    The folder, which is returned, then has adapter_config.json and adapter_model.safetensors; a tensor's name in it is
+    that of `peft_names` with .lora_A.weight or .lora_B.weight.
+    """
     found, names = adapters(model), peft_names(model)
     if not found:
         raise BadInput("the model has no adapters to save")
@@ -152,9 +163,10 @@ def save_adapter(model, folder: Path, base: str) -> Path:
 
 
 def load_adapter(model, folder: str | Path):
-    """Put the adapters of a folder, written by `save_adapter` or by PEFT, beside the matrices of `model`.
+    """Put the adapters of a folder, written by `save_adapter` or by PEFT, beside the matrices of `model`; returns it.
 
-    Raises BadInput for a folder that is damaged, or whose adapters are of another kind or belong to another model.
+    Raises BadInput for a folder that is damaged, or whose adapters are of another kind or belong to another model, or
+    to the head or the embedding, which have none here.
     """
     folder = Path(os.environ.get("STAGES_FROM", "."), folder)
     try:

@@ -70,7 +70,8 @@ def windows(data: torch.Tensor, block_size: int):
 def batches(data: torch.Tensor, block_size: int, batch_size: int, seed: int, start: int = 0):
     """Minibatches without end: each pass over the text draws every window once, in a new order.
 
-    Yields x, y [batch_size, block_size]; raises BadInput for a text that does not fill one batch. Drawing windows
+    Yields x, y [batch_size, block_size]. A pass begins at a random offset below block_size, drawn anew, and has as many
+    whole batches as fit behind the largest one; raises BadInput for a text where that is none. Drawing windows
     independently would show some three times before others once.
     Each pass has a generator of its own, so that a run goes on at batch `start` as if it had never stopped.
     """
@@ -243,6 +244,9 @@ def collate(examples: list[Example], room: int | None = None) -> Batch:
 
         padded   x = [[5, 6], [8, 0]]   y = [[6, 7], [9, 0]]   part = [[0, 0], [0, -1]]   position = [[0, 1], [0, -1]]
         packed   x = [[5, 6, 8]]        y = [[6, 7, 9]]        part = [[0, 0, 1]]         position = [[0, 1, 0]]
+
+    Padded rows are as long as the longest, up to the next multiple of 16. Raises BadInput for a conversation that is
+    longer than `room`.
     """  # fmt: skip
     lengths = [len(example.ids) - 1 for example in examples]
     if room is not None and max(lengths) > room:
@@ -266,7 +270,10 @@ def collate(examples: list[Example], room: int | None = None) -> Batch:
 
 
 def apart(model, batch: Batch) -> Look:
-    """What each token of a packed row may look at: those of its own conversation up to itself, from position 0 on."""
+    """What each token of a packed row may look at: those of its own conversation up to itself, from position 0 on.
+
+    The model's window and its sinks hold within each conversation.
+    """
     other = batch.part[:, None, :, None] != batch.part[:, None, None, :]  # [R, 1, T, T]
     real = batch.part >= 0  # padding sees everything: it is not read, but a softmax over nothing would be nan
     unseen = (hidden(batch.position, batch.position, model.config) | other) & real[:, None, :, None]

@@ -6,6 +6,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["STAGES_WARM"] = "0"
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: while one waits for a process that it has started, or for a clock, another works."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests, a stage's checkpoints each, come first: else one process works on the last of them alone."""
     items.sort(key=lambda item: not item.name.startswith("test_checkpoints"))

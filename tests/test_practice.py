@@ -398,8 +398,8 @@ def test_in_the_end_it_is_said_what_differs_and_how_to_train(course):
     copy(course).write_text(edit(copy(course).read_text("utf-8"), *slips), "utf-8")
     code, out, _ = finish(course, "check", "2", "--practice")
     assert code == 0 and out.splitlines()[-3:] == [
-        "all is written; 1 of 2 definitions in another way than the course's: area",
-        "yours beside the course's: uv run stages check 02 --solution area",
+        "all is written, and passes; 1 of 2 read differently from the course's: area",
+        "to compare one: uv run stages check 02 --solution area",
         "train your own model: cd practice/02_second, then: uv run python train.py, then: uv run python sample.py",
     ], "comments, docstrings and spaces are no difference"
 

@@ -91,10 +91,10 @@ def draw(rows: list[dict]) -> Figure:
     ax = fig.subplots()
     for i, company in enumerate(COMPANY):
         places = [j + 0.27 * (i - 1) for j in range(len(rows))]
-        bars = ax.bar(places, [row[company] for row in rows], 0.25, label=f"looked at: {company}")
+        bars = ax.bar(places, [row[company] for row in rows], 0.25, label=f"validation: {company}")
         ax.bar_label(bars, fmt="%.2f", fontsize=8)
     ax.set_xticks(range(len(rows)), [row["trained"].replace(", ", "\ntrained ") for row in rows])
-    ax.set(ylabel="validation loss, nats/char", title="Three networks, each looked at in three kinds of batch")
+    ax.set(ylabel="validation loss, nats/char", title="Loss by the batches of training and of validation")
     ax.margins(y=0.25)
     ax.legend(loc="upper right", fontsize=8, ncols=3)
     return fig

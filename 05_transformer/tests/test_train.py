@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     """The first loss that is infinite or nan ends the training by name, before it reaches a weight."""
     for bad in (math.nan, math.inf):
         model, factors = Line(), iter([1, 1, 1, bad])
-        model.register_forward_hook(lambda module, args, output, factors=factors: output * next(factors))
+        model.register_forward_hook(lambda module, args, output, factors=factors: output * next(factors, 1))
         steps = train(model, batches(torch.randint(5, (40,)), 2, 4, 5), recipe(), make_optimizer(model, recipe()))
         with pytest.raises(BadInput, match="lr") as caught:
             for _ in range(10):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as trunk
-from model import GPT, Block, CausalSelfAttention, FeedForward, ModelConfig, attention, attention_weights
+from model import GPT, Block, CausalSelfAttention, FeedForward, LayerNorm, ModelConfig, attention, attention_weights
 from train import PRESETS
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # in float64, where only the order of the sums differs
@@ -219,6 +219,16 @@ def test_feed_forward_is_two_layers_with_gelu():
     torch.testing.assert_close(
         ours(x), alone, **CLOSE, msg=lambda m: "positions go through one by one: only attention mixes them\n" + m
     )
+
+
+def test_layer_norm_is_torchs():
+    """LayerNorm equals torch's: mean 0 and variance 1 over the channels, then a learned scale and shift."""
+    ours, theirs = LayerNorm(12).double(), nn.LayerNorm(12).double()
+    for p, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        other.data.copy_(torch.nn.init.normal_(p))
+    x = torch.randn(3, 5, 12, dtype=torch.float64) * 3 + 1
+    idea = "the variance divides by C, eps stands inside the root, then come scale and shift"
+    torch.testing.assert_close(ours(x), theirs(x), msg=lambda m: f"{idea}\n{m}")
 
 
 def test_block_is_torchs():

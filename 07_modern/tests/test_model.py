@@ -133,8 +133,9 @@ def test_attention_by_hand_on_three_tokens():
         attention_weights(q, k), weights, **CLOSE,
         msg=lambda m: "weights are softmax over the past of q k^T / sqrt(D), with D = 4 channels here\n" + m,
     )
+    heads = (x[None, None] for x in (q, k, v))  # one head of one sequence
     torch.testing.assert_close(
-        attention(q, k, v), out, **CLOSE, msg=lambda m: "the output is each row's weights times the values\n" + m
+        attention(*heads)[0, 0], out, **CLOSE, msg=lambda m: "the output is each row's weights times the values\n" + m
     )
 
 
@@ -777,6 +778,9 @@ def test_rope_by_hand():
     torch.testing.assert_close(
         rotate(x, cos, sin), expected, msg=lambda m: f"channel 0 is paired with channel 2, and 1 with 3\n{m}"
     )
+    for dtype in (torch.bfloat16, torch.float64):
+        turned = rotate(x.to(dtype), cos, sin)
+        assert turned.dtype == dtype, f"{dtype} comes out as {turned.dtype}: the angles' type is not that of the result"
 
 
 def test_scores_depend_on_differences_of_positions():

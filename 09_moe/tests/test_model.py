@@ -834,6 +834,9 @@ def test_rope_by_hand():
     torch.testing.assert_close(
         rotate(x, cos, sin), expected, msg=lambda m: f"channel 0 is paired with channel 2, and 1 with 3\n{m}"
     )
+    for dtype in (torch.bfloat16, torch.float64):
+        turned = rotate(x.to(dtype), cos, sin)
+        assert turned.dtype == dtype, f"{dtype} comes out as {turned.dtype}: the angles' type is not that of the result"
 
 
 def test_scores_depend_on_differences_of_positions():

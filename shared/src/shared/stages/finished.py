@@ -14,9 +14,9 @@ def finished(stage: Stage) -> str:
     lines = ["all is written, and every definition is the course's own code"]
     if other:
         names = ", ".join(practice.label(key, known) for key in other)
-        lines = [f"all is written; {len(other)} of {len(mine)} definitions in another way than the course's: {names}"]
+        lines = [f"all is written, and passes; {len(other)} of {len(mine)} read differently from the course's: {names}"]
         lines += [
-            f"yours beside the course's: uv run stages check {number} --solution {practice.label(other[0], known)}"
+            f"to compare one: uv run stages check {number} --solution {practice.label(other[0], known)}"
         ]
     if (stage.path / stage.main).is_file():
         scripts = [stage.main, *["sample.py"] * (stage.main == "train.py" and (stage.path / "sample.py").is_file())]

@@ -85,7 +85,8 @@ def hollow(source: str, names: Collection[str], words: Mapping[str, list[str]], 
 
 def comment(words: list[str], indent: int) -> list[str]:
     """The lines that tell the words of a definition's errors."""
-    told = f"What checkpoints look for in its errors (regular expressions): {', '.join(map(json.dumps, words))}"
+    quoted = ", ".join(f'"{word}"' for word in words)
+    told = f"What checkpoints look for in its errors (regular expressions): {quoted}"
     start = f"{' ' * indent}# "
     lines = textwrap.wrap(told, 120, initial_indent=start, subsequent_indent=start, break_long_words=False)
     return [f"{line}\n" for line in lines]
