@@ -174,13 +174,15 @@ class Uses:
         """The tests that concern one of `keys`, the nearest first, those of one file together.
 
         They name it, or they stand in the test file of its file and get to it through what they name. Where there is
-        no such test, every test that gets to it.
+        no such test, every test that gets to it. Of two that are as near, the one that gets to less comes first: what
+        it says when it fails is about little else.
         """
-        far = {test: {key: n for key, n in self.steps(test).items() if key in keys} for test in self.tests()}
-        far = {test: found for test, found in far.items() if found}
+        steps = {test: self.steps(test) for test in self.tests()}
+        far = {test: min((n for key, n in steps[test].items() if key in keys), default=None) for test in steps}
+        far = {test: n for test, n in far.items() if n is not None}
         own = {f"tests/test_{file}" for file, _ in keys}
-        near = {test: found for test, found in far.items() if test[0] in own or min(found.values()) <= 1}
-        return together({test: min(found.values()) for test, found in (near or far).items()})
+        near = {test: n for test, n in far.items() if test[0] in own or n <= 1}
+        return together({test: (n, len(steps[test])) for test, n in (near or far).items()})
 
     def in_order(self, wanted: list[Key]) -> list[Key]:
         """All tests, in the order in which they can pass while `wanted` are written one after the other."""
