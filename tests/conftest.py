@@ -12,5 +12,9 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests, a stage's checkpoints each, come first: else one process works on the last of them alone."""
-    items.sort(key=lambda item: not item.name.startswith("test_checkpoints"))
+    """The longest tests come first, a stage's checkpoints each, and of these the later stages', which have more.
+
+    Else one process works on the last of them alone.
+    """
+    suites = [item for item in items if item.name.startswith("test_checkpoints")]
+    items[:] = [*reversed(suites), *(item for item in items if item not in suites)]
