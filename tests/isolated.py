@@ -8,10 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
+# An exit code can be read once, and whoever starts a process also reads those of the others that have ended.
+READING = threading.Lock()
 PRELOAD = ["torch", "pytest", "numpy", "matplotlib.pyplot", "rich.console", "shared.device", "shared.runlog"]
 PRELOAD += ["torch.distributed.tensor", "torch._dynamo"]  # half a second each, at the first assert_close and optimiser
 PRELOAD += ["transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"]
@@ -32,13 +36,20 @@ def call(function: Callable, folder: Path, output: Path, *args, timeout: float =
     The function must be one of a module in this folder. Nothing that it started outlives it.
     """
     process = context().Process(target=enter, args=(function, folder, output, args))
-    process.start()
+    with READING:
+        process.start()
     try:
-        process.join(timeout)
-        return process.exitcode
+        return ended(process, timeout)
     finally:
         kill(process)
-        process.join()
+        ended(process)
+
+
+def ended(process: multiprocessing.Process, timeout: float | None = None) -> int | None:
+    """The exit code of a process, which has `timeout` seconds to end; None if it goes on."""
+    wait([process.sentinel], timeout)
+    with READING:
+        return process.exitcode
 
 
 def kill(process: multiprocessing.Process) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shared.errors import BadInput
@@ -10,6 +11,7 @@ from shared.stages.uses import Uses
 import pytest
 
 import guard
+import isolated
 from course import finish, make, start, wait_for, write
 
 OLD = '"""Sums."""\n\n\ndef kept(x):\n    return x\n\n\ndef changed(x):\n    return x\n'
@@ -84,6 +86,17 @@ def run(course, monkeypatch, capsys):
         return guard.main(), capsys.readouterr().out
 
     return call
+
+
+def seven() -> int:
+    return 7
+
+
+def test_every_process_of_many_at_once_tells_its_exit_code(tmp_path):
+    """Who starts one also reads the codes of those that have ended: without a lock one in fifty is lost, and is 255."""
+    with ThreadPoolExecutor(4) as pool:
+        codes = [*pool.map(lambda i: isolated.call(seven, tmp_path, tmp_path / f"{i}.txt"), range(60))]
+    assert codes == [7] * 60, f"{60 - codes.count(7)} of 60 exit codes are lost"
 
 
 def test_what_no_checkpoint_misses_is_listed(course, run):
