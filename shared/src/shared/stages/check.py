@@ -92,9 +92,10 @@ def check_practice(stage: repo.Stage, args: argparse.Namespace) -> int:
     if args.reset or args.solution or args.hint:
         return 0
     practice.unwritten(stage)  # refuses a file that is not Python
+    tests = practice.tests(stage, args.practice)
     start = time.monotonic()
     console.print(f"\n[bold]practice/{stage.name}[/bold]  {escape(stage.title)}")
-    result = check(practice.copy_of(stage), args.verbose, "waits", practice.tests(stage, args.practice))
+    result = check(practice.copy_of(stage), args.verbose, "waits", tests)
     hints.remember(stage, result.failed)
     console.print(conclusion(args.practice or stage.name, result, time.monotonic() - start), soft_wrap=True)
     if result.complete and not args.practice:
