@@ -15,9 +15,7 @@ def finished(stage: Stage) -> str:
     if other:
         names = ", ".join(practice.label(key, known) for key in other)
         lines = [f"all is written, and passes; {len(other)} of {len(mine)} read differently from the course's: {names}"]
-        lines += [
-            f"to compare one: uv run stages check {number} --solution {practice.label(other[0], known)}"
-        ]
+        lines += [f"to compare one: uv run stages check {number} --solution {practice.label(other[0], known)}"]
     if (stage.path / stage.main).is_file():
         scripts = [stage.main, *["sample.py"] * (stage.main == "train.py" and (stage.path / "sample.py").is_file())]
         runs = ", then: ".join(f"uv run python {script}" for script in scripts)
