@@ -116,8 +116,11 @@ def test_on_a_terminal_ctrl_c_and_the_end_of_input_are_one_line(course, ctrl, co
         said = b""
         while not said.endswith(b"\n> "):
             said += os.read(ours, 65536)
-        if ctrl == "C":
-            os.killpg(process.pid, signal.SIGINT)
+        if ctrl == "C":  # one that comes between the prompt and the reading of the answer is only seen with the next
+            while process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
         else:
             os.write(ours, b"\x04")
         with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
