@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 from shared.errors import BadInput
 
@@ -190,6 +191,14 @@ def test_a_loss_that_is_not_finite_stops_the_training():
                 next(steps)
         assert "step 4" in str(caught.value), "the line does not say at which step the loss stopped being a number"
         assert model.table.isfinite().all(), "nan reached the weights: no later step can mend them"
+
+
+def test_a_validation_loss_that_is_not_finite_is_told(monkeypatch):
+    """A look whose loss is infinite or nan ends the run with its step: it is shown and logged as no result."""
+    for bad in (math.nan, math.inf):
+        monkeypatch.setattr(script, "evaluate", lambda *args, bad=bad: bad)
+        with pytest.raises(BadInput, match="step 7"):
+            script.look(7, None, SimpleNamespace(val=None), recipe(), None)
 
 
 @pytest.mark.parametrize("norm", NORMS)
