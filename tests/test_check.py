@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from course import finish, make, on_terminal, program, start, wait_for, write
+from course import LIMIT, finish, make, on_terminal, program, start, wait_for, write
 
 MODEL = """\
 def double(x):
@@ -101,6 +101,22 @@ def test_without_a_name_it_is_the_stage_we_stand_in_and_at_the_root_all(course):
     code, out, _ = finish(course, "check")
     assert code == 1 and list(record(course)) == ["02_second", "01_first"]
     assert out.index("01_first  First") < out.index("02_second  Second")
+
+
+def test_inside_a_practice_copy_it_is_the_copy(course):
+    """The course's own text passes, and says nothing about the learner's. VS Code's task stands in the copy too."""
+    finish(course, "practice", "1", "double")
+    code, out, err = finish(course / "practice" / "01_first" / "tests", "check")
+    assert (code, err) == (1, "") and "\npractice/01_first  First" in out and "02_second" not in out, out
+    assert "double (" in out.split("not written yet")[1], out
+    code, out, _ = finish(course / "practice" / "01_first", "check", "2")
+    assert code == 0 and "\n02_second  Second" in out, "a stage that is named is meant"
+    write(course, {"practice/01_first_bug/model.py": MODEL})
+    code, _, err = finish(course / "practice" / "01_first_bug", "check")
+    told = "this is the copy of a bug hunt: check it with uv run stages bughunt 01"
+    assert (code, err) == (2, f"error: {told}\n"), "the course's text, or the blanks', is checked in its place"
+    code, _, err = finish(course / "practice", "check")
+    assert code == 2 and "name one stage" in err
 
 
 @pytest.mark.parametrize(
@@ -271,20 +287,28 @@ Path("started").write_text(str(os.getpid()))
 time.sleep(60)
 """
 PATIENT = """\
-import signal, sys
+import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from shared.stages.run import run_child
-run_child([sys.executable, "stubborn.py"], patience=0.2)
+class Told(subprocess.Popen):
+    def wait(self, timeout=None):
+        print("waiting", flush=True)
+        return super().wait(timeout)
+subprocess.Popen = Told
+run_child([sys.executable, "stubborn.py"], patience=float(sys.argv[1]))
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of a POSIX terminal")
-def test_a_program_that_does_not_hear_ctrl_c_is_ended(tmp_path):
-    """As one that was started where Ctrl-C is ignored: without a limit, `stages check` would wait for its end."""
+@pytest.mark.parametrize(("presses", "patience"), [(1, 0.2), (2, 2 * LIMIT)], ids=["patience", "twice"])
+def test_a_program_that_does_not_hear_ctrl_c_is_ended(tmp_path, presses, patience):
+    """As one that was started where Ctrl-C is ignored: when patience is at its end, the user's or the given one."""
     write(tmp_path, {"stubborn.py": STUBBORN})
-    with program([sys.executable, "-c", PATIENT], cwd=tmp_path) as process:
+    with program([sys.executable, "-c", PATIENT, str(patience)], cwd=tmp_path) as process:
         child = int(wait_for(tmp_path / "started"))
-        process.send_signal(signal.SIGINT)
+        for _ in range(presses):
+            assert process.stdout.readline() == "waiting\n"
+            process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode != 0 and err == "stopped\n"
     with pytest.raises(ProcessLookupError):

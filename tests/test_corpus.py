@@ -130,9 +130,13 @@ def test_stages_data_comes_before_the_cache_and_the_network(cache, server, tmp_p
 
 
 def test_the_published_texts_are_pinned():
-    sources = {name: (source.size, source.sha256[:8]) for name, source in corpus.SOURCES.items()}
-    assert sources == {"shakespeare": (1_115_394, "86c4e6aa"), "names": (228_145, "0a30b555")}
-    assert all(source.url.startswith("https://") for source in corpus.SOURCES.values())
+    published = corpus.SOURCES | corpus.RECORDS
+    sources = {name: (source.size, source.sha256[:8]) for name, source in published.items()}
+    assert sources == {
+        "shakespeare": (1_115_394, "86c4e6aa"), "names": (228_145, "0a30b555"),
+        "instructions": (203_524, "7e09a9af"), "preferences": (386_968, "305315ab"),
+    }  # fmt: skip
+    assert all(source.url.startswith("https://") for source in published.values())
 
 
 def test_wrong_checksum_of_a_download(cache, server):
@@ -312,6 +316,43 @@ def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "eigen.txt"
     path.write_bytes("Grüße,\r\nWelt\n".encode())
     assert corpus.load(str(path)) == corpus.Corpus(str(path), "Grüße,\r\nWelt\n")
+
+
+def test_the_name_in_a_record_finds_the_file_again_from_any_folder(tmp_path, monkeypatch):
+    """A relative path is recorded whole: `--resume` may be typed in another folder, which has a file of that name."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my.txt").write_text(f"text of {folder}", encoding="utf-8")
+    monkeypatch.setenv("STAGES_FROM", str(tmp_path / "here"))
+    found = [corpus.load("my.txt"), corpus.load("../there/my.txt")]
+    monkeypatch.setenv("STAGES_FROM", str(tmp_path / "there"))
+    monkeypatch.chdir(tmp_path / "there")
+    assert [corpus.load(one.name) for one in found] == found, "a run that is resumed elsewhere reads another text"
+    assert [one.text for one in found] == ["text of here", "text of there"]
+
+
+def test_published_records_are_a_file_that_was_checked(cache, server, tmp_path, monkeypatch):
+    """From $STAGES_DATA, else from the cache, where they are downloaded to once; and never another file."""
+    source = replace(corpus.SOURCES["shakespeare"], file="preferences.json")
+    monkeypatch.setitem(corpus.RECORDS, "preferences", source)
+    file = cache.with_name("preferences.json")
+    assert corpus.records("preferences") == file and file.read_bytes() == TEXT
+    monkeypatch.setenv("STAGES_DATA", str(tmp_path / "data"))
+    assert corpus.records("preferences") == file and server.requests == 1, "the second time it is downloaded again"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "preferences.json").write_bytes(TEXT)
+    assert corpus.records("preferences") == tmp_path / "data" / "preferences.json"
+    (tmp_path / "data" / "preferences.json").write_bytes(TEXT[1:])
+    with pytest.raises(BadInput, match="wrong checksum"):
+        corpus.records("preferences")
+
+
+def test_records_that_cannot_be_kept_are_refused(cache, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the folder should be", encoding="utf-8")
+    source = replace(corpus.SOURCES["shakespeare"], file="instructions.json")
+    monkeypatch.setitem(corpus.RECORDS, "instructions", source)
+    with pytest.raises(BadInput, match="instructions.json cannot be kept in .*: set STAGES_DATA to a folder"):
+        corpus.records("instructions")
 
 
 def test_python_docs_is_large_plain_and_the_same_whatever_was_imported():

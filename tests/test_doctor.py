@@ -33,7 +33,7 @@ def course(tmp_path, monkeypatch):
 
 def lines(out: str) -> dict[str, str]:
     """The report by check: {"Python": "ok 3.13.1"}."""
-    return {line[9:27].strip(): f"{line[:7].strip()} {line[27:].strip()}" for line in out.splitlines()}
+    return {line[9:29].strip(): f"{line[:7].strip()} {line[29:].strip()}" for line in out.splitlines()}
 
 
 def test_each_check_is_one_line_and_a_sound_machine_exits_with_0(course):
@@ -44,7 +44,8 @@ def test_each_check_is_one_line_and_a_sound_machine_exits_with_0(course):
     assert found["torch"] == f"ok {torch.__version__}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert found["backward"] == f"ok loss 4, gradient [-4.0, -8.0, -12.0] on {device}"
-    assert found["text: names"] == "ok will be downloaded when first used (0.2 MB)"
+    for name in ("names", "instructions"):
+        assert found[f"text: {name}"] == "ok will be downloaded when first used (0.2 MB)"
 
 
 def test_what_the_course_can_do_without_is_missing_with_a_remedy_and_exit_code_0(course, monkeypatch):

@@ -1,6 +1,5 @@
 """The first Ctrl-C asks, the second interrupts, and afterwards everything is as before."""
 
-import os
 import signal
 
 from shared.interrupt import Interrupt
@@ -11,22 +10,22 @@ import pytest
 def test_first_ctrl_c_only_asks():
     with Interrupt() as interrupt:
         assert not interrupt.asked
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interrupt.asked
 
 
 def test_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt):
         with Interrupt():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_sigterm_asks_and_never_interrupts():
     """torchrun ends its processes with SIGTERM."""
     with Interrupt() as interrupt:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert interrupt.asked
 
 
@@ -40,6 +39,6 @@ def test_handlers_are_put_back_even_after_an_error():
 
 def test_a_new_interrupt_starts_unasked():
     with Interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     with Interrupt() as interrupt:
         assert not interrupt.asked

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
-from shared.stages.ladder import FIGURE, REFERENCES, Rung, figure
+from shared.stages import repo
+from shared.stages.ladder import END, FIGURE, REFERENCES, START, Rung, figure, markdown, recipes
 
 import pytest
 
@@ -167,11 +170,28 @@ def test_the_figure_explains_its_line_and_keeps_its_labels_inside(monkeypatch):
     monkeypatch.setattr(pyplot, "close", kept.append)
     names = ("a bigram", "a network")
     rows = [Rung("02_second", name, loss, seconds=99_999) for name, loss in zip(names, (2.484, 1.499), strict=True)]
-    rows += REFERENCES
+    rows += [Rung("03_third", "trained elsewhere", 1.104), *REFERENCES]
     figure(rows)
     fig = kept[0]
     (ax,) = fig.axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["nanoGPT's CPU recipe, published"]
+    dots = [line.get_color() for line in ax.lines if line.get_marker() == "o"]
+    assert dots == ["tab:blue"] * 2 + ["tab:gray"] * 3, "what was not trained here looks as if it was"
     fig.canvas.draw()
     for label in ax.texts:
         assert label.get_window_extent().x1 <= ax.bbox.x1, f"{label.get_text()!r} runs past the axes"
+
+
+def test_the_readmes_table_has_every_recipe_in_the_order_in_which_the_command_writes_them():
+    """A rung that was renamed, moved or forgotten; stage 02 is one recipe, which brings several rungs of its own."""
+    top = repo.root(Path(__file__).parent)
+    table = (top / "README.md").read_text("utf-8").partition(START)[2].partition(END)[0]
+    rows = re.findall(r"^\| \[(\w+)\]\(\1/README\.md\) \| ([^|]+) \|", table, re.M)
+    wanted = [(stage.name, recipe.name) for stage in repo.stages(top) for recipe in recipes(stage)]
+    own = {stage.name for stage in repo.stages(top) if (stage.name, stage.title) in wanted}
+    assert own == {"02_ngram"}, "the other rungs have a short name"
+    titles = dict(wanted)
+    found = [(stage, titles[stage] if stage in own else name) for stage, name in rows]
+    assert list(dict.fromkeys(found)) == wanted, "uv run stages ladder would write another table"
+    assert table.strip().startswith("\n".join(markdown([]).splitlines()[:2])), "another head"
+    assert "\n".join(markdown(REFERENCES).splitlines()[2:]) in table, "the references, or the figure, are others"

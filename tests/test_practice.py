@@ -292,6 +292,17 @@ def test_a_test_file_that_calls_a_blank_while_it_is_imported_waits_too(course):
     assert "1 of 5 checkpoints passed, 4 wait" in out
 
 
+@pytest.mark.parametrize("saved", ["", "raise NotImplementedError\n" * 40 + "def\n"], ids=["shorter", "broken"])
+def test_what_is_saved_while_the_tests_run_is_not_what_they_met(course, saved):
+    """The line of a blank is looked up in the text that was imported."""
+    meanwhile = "from pathlib import Path\nfrom model import area\n\ndef test_saved():\n"
+    meanwhile += f"    Path('model.py').write_text({saved!r}, 'utf-8')\n    area(1)\n"
+    write(course, {"02_second/tests/test_saved.py": meanwhile})
+    stages(course, "practice", "2")
+    _, out, err = finish(course, "check", "2", "--practice", "area")
+    assert "✗" not in out and "– area (2 wait for it)" in out, out + err
+
+
 OUTSIDE = """\
 import subprocess
 import sys
@@ -402,6 +413,21 @@ def test_in_the_end_it_is_said_what_differs_and_how_to_train(course):
         "to compare one: uv run stages check 02 --solution area",
         "train your own model: cd practice/02_second, then: uv run python train.py, then: uv run python sample.py",
     ], "comments, docstrings and spaces are no difference"
+
+
+def test_an_alias_counts_as_written_and_a_helper_may_go(course):
+    """`__radd__ = __add__` is a way to write __radd__; what is not there in the end is told as a difference."""
+    stages(course, "practice", "2")
+    fill(course, *ORDER)
+    alias = ("def start(", "def begin("), ("    def forward(", "    start = begin\n\n    def forward(")
+    copy(course).write_text(edit(copy(course).read_text("utf-8"), *alias), "utf-8")
+    code, out, err = finish(course, "check", "2", "--practice")
+    assert (code, err) == (0, "") and "1 of 5 read differently from the course's: Net.start" in out, out
+    assert stages(course)[1].splitlines()[2].endswith(" 5/5"), "the alias is missing for ever"
+    gone = ("    start = begin\n\n", ""), ("self.start(i)", "self.begin(i)"), ("self.start(0)", "self.begin(0)")
+    copy(course).write_text(edit(copy(course).read_text("utf-8"), *gone), "utf-8")
+    code, out, err = finish(course, "check", "2", "--practice")
+    assert (code, err) == (0, "") and "2 of 5 read differently from the course's: Net.__init__, Net.start" in out, out
 
 
 def test_one_definition_can_be_blanked_again_and_its_solution_shown(course):

@@ -268,6 +268,7 @@ def test_a_course_without_a_ladder_says_the_loss_and_the_text(stage, capsys):
 
 
 RUN = """
+import os
 import sys
 from shared.program import run_program
 from shared.runlog import RunLog
@@ -276,7 +277,7 @@ def main():
     log = RunLog(sys.argv[1])
     log.metrics(1, loss=1.0)
     log.keep()
-    print("under way", flush=True)
+    print("under way", os.getpid(), flush=True)
     sys.stdin.read()
 
 run_program(main)
@@ -288,15 +289,15 @@ def test_a_second_run_of_the_same_name_is_refused_while_the_first_one_lives(stag
     words = [sys.executable, "-c", RUN, str(stage / "train.py")]
     folder = stage / "out" / "default"
     with program(words, stdin=subprocess.PIPE) as first:
-        assert first.stdout.readline() == "under way\n"
+        pid = first.stdout.readline().removeprefix("under way ").strip()  # on Windows a launcher has first.pid
         before = record(folder)
-        with pytest.raises(BadInput, match=f"run 'default' is being made by another process .{first.pid}.: wait") as no:
+        with pytest.raises(BadInput, match=f"run 'default' is being made by another process .{pid}.: wait") as no:
             RunLog(stage / "train.py")
         assert "\n" not in str(no.value) and record(folder) == before, "the second run wrote over the first's record"
         with pytest.raises(BadInput):
             RunLog(stage / "train.py", resume=1)
         RunLog(stage / "train.py", "other").finish()
-    assert (folder / "lock").read_text("utf-8") == str(first.pid), "killed, it cannot have removed its lock"
+    assert (folder / "lock").read_text("utf-8") == pid, "killed, it cannot have removed its lock"
     RunLog(stage / "train.py").finish(val_loss=1.0)
     assert not (folder / "lock").exists(), "a finished run keeps its folder locked"
 
@@ -310,25 +311,41 @@ def test_a_run_that_ends_gives_up_its_folder_however_it_ends(stage):
             1 / 0  # noqa: B018
     assert not (folder / "lock").exists(), "an error keeps the folder locked"
     code, out, err = run([sys.executable, "-c", RUN, str(stage / "train.py")], stdin=subprocess.DEVNULL)
-    assert (code, out, err) == (0, "under way\n", "") and not (folder / "lock").exists(), "the end of a program too"
+    assert (code, err) == (0, "") and not (folder / "lock").exists(), f"the end of a program too: {out}"
     RunLog(stage / "train.py")
     RunLog(stage / "train.py", resume=1).finish()
 
 
 def test_of_two_runs_that_begin_at_once_one_is_refused(stage, monkeypatch):
-    """Both find no lock; the second one to make it does not get it."""
-    (stage / "out" / "default").mkdir(parents=True)
-    unlink = Path.unlink
+    """Whenever the other one makes its lock: before this one, after this one looked, or half, without its id yet."""
+    file, other = stage / "out" / "default" / "lock", str(os.getppid())
+    file.parent.mkdir(parents=True)
+    make, look = Path.open, lock.holder
 
-    def late(file, missing_ok=False):
-        unlink(file, missing_ok)
-        file.write_text(str(os.getppid()), encoding="utf-8")
+    def first(path, mode="r", *args, **options):
+        if mode == "x":
+            path.write_text(other, encoding="utf-8")
+        return make(path, mode, *args, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", late)
-        with pytest.raises(BadInput, match="began with this one"):
-            RunLog(stage / "train.py")
-    assert (stage / "out" / "default" / "lock").exists(), "the other one's lock is removed"
+    def looked(folder):
+        pid = look(folder)
+        file.write_text(other, encoding="utf-8")
+        return pid
+
+    def slept(seconds):
+        file.write_text(other, encoding="utf-8")
+
+    for found, owner, name, late in (
+        (None, Path, "open", first), (str(gone()), lock, "holder", looked), ("", lock.time, "sleep", slept),
+    ):  # fmt: skip
+        file.unlink(missing_ok=True)
+        if found is not None:
+            file.write_text(found, encoding="utf-8")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, late)
+            with pytest.raises(BadInput, match=f"by another process .{other}."):
+                RunLog(stage / "train.py")
+        assert os.listdir(file.parent) == ["lock"] and file.read_text("utf-8") == other, f"{name}: two have the folder"
 
 
 @pytest.mark.parametrize("content", ["", "x", "-", "gone"])

@@ -6,9 +6,9 @@
     load("python-docs")  the documentation inside every CPython: needs no network
     load("my/text.txt")  any UTF-8 file
 
-Shakespeare and the names are looked for in $STAGES_DATA, then in the user's cache folder, then downloaded into it.
-Whatever the way, the bytes must have the checksum below: a number measured on a text is worth nothing if the text
-differs.
+Shakespeare and the names are looked for in $STAGES_DATA, then in the user's cache folder, then downloaded into it. So
+are the records that real models are tuned on, whose file `records` finds. Whatever the way, the bytes must have the
+checksum below: a number measured on a text is worth nothing if the text differs.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ TIMEOUT = 15  # seconds without a byte before a download is given up
 class Corpus:
     """A text and what to call it in a run's record."""
 
-    name: str
+    name: str  # of a file the whole path
     text: str
 
 
@@ -62,6 +62,22 @@ SOURCES = {
         sha256="0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
     ),
 }
+BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch"  # Raschka's examples (Apache-2.0)
+RECORDS = {
+    "instructions": Source(
+        file="instructions.json",
+        url=f"{BOOK}/b80e7804b30830a00eb55d2abc7ac25a07f36fdc/ch07/01_main-chapter-code/instruction-data.json",
+        size=203_524,
+        sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+    ),
+    "preferences": Source(
+        file="preferences.json",
+        url=f"{BOOK}/2b7bd46a93311c1a77446ab1a83ff013ba3f6a70/ch07/04_preference-tuning-with-dpo"
+        "/instruction-data-with-preference.json",
+        size=386_968,
+        sha256="305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+    ),
+}
 
 
 def load(name: str | None = None) -> Corpus:
@@ -83,8 +99,19 @@ def load(name: str | None = None) -> Corpus:
         return Corpus(name, published(SOURCES[name]).decode("utf-8"))
     if name.encode("utf-8", "replace").decode("utf-8") != name:
         raise BadInput(f"the corpus name {name!r} is not UTF-8: rename the file")  # no record could be written
-    # `stages run` changes to the stage's folder and says where the path was typed.
-    return Corpus(name, read_text(Path(os.environ.get("STAGES_FROM", "."), name)))
+    # `stages run` changes to the stage's folder and says where the path was typed. A run may be resumed from elsewhere.
+    path = Path(os.path.abspath(os.path.join(os.environ.get("STAGES_FROM", "."), name)))
+    return Corpus(str(path), read_text(path))
+
+
+def records(name: str) -> Path:
+    """The file of the published records "instructions" or "preferences", downloaded where need be. Raises BadInput."""
+    source = RECORDS[name]
+    published(source)
+    for folder in (Path(os.environ.get("STAGES_DATA") or cache_folder()), cache_folder()):
+        if (folder / source.file).is_file():
+            return folder / source.file
+    raise BadInput(f"{source.file} cannot be kept in {cache_folder()}: set STAGES_DATA to a folder that has it")
 
 
 def read_text(path: Path) -> str:

@@ -83,7 +83,8 @@ class RunLog:
         if self.board:
             self.board.close()
         if kind is KeyboardInterrupt and self.writes and not self.kept:
-            raise KeyboardInterrupt(f"stopped: nothing of this run was kept, {self.folder} is as it was") from None
+            kept = f"the record in {self.folder} is as it was"
+            raise KeyboardInterrupt(f"stopped: nothing of this run was kept, {kept}") from None
 
     def keep(self) -> None:
         """From now on the record is this run's: an earlier one of its name goes, its summary included."""

@@ -71,12 +71,13 @@ def chosen(names: list[str], top: Path) -> list[repo.Stage]:
 
 def practised(names: list[str], top: Path) -> repo.Stage:
     """The one stage whose practice copy is meant: it is named, or we stand in it. Raises BadInput."""
-    here = Path.cwd()
+    here, everything = Path.cwd(), repo.stages(top)
     found = [repo.find(name, top) for name in names] or [
-        stage
-        for stage in repo.stages(top)
-        if here.is_relative_to(stage.path) or here.is_relative_to(practice.copy_of(stage))
+        stage for stage in everything if here.is_relative_to(stage.path) or here.is_relative_to(practice.copy_of(stage))
     ]
+    for stage in everything:
+        if not names and here.is_relative_to(f"{practice.copy_of(stage)}_bug"):
+            raise BadInput(f"this is the copy of a bug hunt: check it with uv run stages bughunt {stage.name[:2]}")
     if len(found) != 1:
         raise BadInput("name one stage, as in `stages check 5 --practice` or `stages check 5 --practice attention`")
     return found[0]
@@ -108,9 +109,10 @@ def check_practice(stage: repo.Stage, args: argparse.Namespace) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Check each stage; 1 when a checkpoint fails."""
+    """Check each stage, or the practice copy that is asked for or in which we stand; 1 when a checkpoint fails."""
     top, complete = repo.root(), True
-    if args.practice is not None or args.reset or args.solution or args.hint:
+    in_copy = not args.stages and Path.cwd().is_relative_to(top / "practice")
+    if in_copy or args.practice is not None or args.reset or args.solution or args.hint:
         return check_practice(practised(args.stages, top), args)
     for stage in chosen(args.stages, top):
         start = time.monotonic()

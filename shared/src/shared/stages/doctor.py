@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from rich.text import Text
 
 FREE = 2 * 10**9  # bytes: checkpoints, token files, figures of all stages
+TEXTS = corpus.SOURCES | corpus.RECORDS
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def dot() -> Finding:
 
 def text(name: str) -> Finding:
     """Where a published text is, or whether it can be downloaded, without doing it."""
-    source = corpus.SOURCES[name]
+    source = TEXTS[name]
     given = os.environ.get("STAGES_DATA")
     for where, folder in (("STAGES_DATA", given), ("cache", corpus.cache_folder())):
         if folder and (file := Path(folder) / source.file).exists():
@@ -135,7 +136,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "bfloat16": bfloat16,
     "disk": disk,
     "graphviz": dot,
-    **{f"text: {name}": lambda name=name: text(name) for name in corpus.SOURCES},
+    **{f"text: {name}": lambda name=name: text(name) for name in TEXTS},
     "text: python-docs": lambda: Finding(True, "inside Python"),
     "backward": backward,
 }
@@ -162,7 +163,7 @@ def command(args: argparse.Namespace) -> int:
             found = examine(name, check)
             mark = ("ok     ", "green") if found.ok else ("missing", "red")
             told = found.detail if found.ok else f"{found.detail}: {found.remedy}"
-            console.print(Text.assemble(mark, f"  {name:<18}{told}"), soft_wrap=True)
+            console.print(Text.assemble(mark, f"  {name:<20}{told}"), soft_wrap=True)
             if found.required and not found.ok:
                 code = 1
     return code

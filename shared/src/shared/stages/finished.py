@@ -10,7 +10,7 @@ def finished(stage: Stage) -> str:
     """The lines that a learner reads in the end."""
     known, mine, number = practice.exercises(stage), practice.asked(stage), stage.name[:2]
     course = {file: practice.functions(practice.text(stage.path / file)) for file, _ in known}
-    other = [key for key in mine if not same(practice.learners(stage, key[0])[key[1]], course[key[0]][key[1]])]
+    other = [key for key in mine if not same(practice.learners(stage, key[0]).get(key[1]), course[key[0]][key[1]])]
     lines = ["all is written, and every definition is the course's own code"]
     if other:
         names = ", ".join(practice.label(key, known) for key in other)

@@ -55,7 +55,7 @@ class Rung:
     val_loss: float
     params: int | None = None
     tokens: int | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # of training; None for a model that was trained elsewhere
     val_bpb: float | None = None
 
     @property
@@ -124,7 +124,7 @@ def markdown(rows: list[Rung]) -> str:
 
 
 def figure(rows: list[Rung]) -> bytes:
-    """A PNG: one line per rung, in order, its loss as a dot and its training time beside it."""
+    """A PNG: one line per rung, in order, its loss as a dot and its training time beside it; grey without one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +136,7 @@ def figure(rows: list[Rung]) -> bytes:
     ax.axvline(REFERENCES[0].val_loss, color="tab:gray", linestyle=":", linewidth=1, zorder=0, label=reference)
     label = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
     for y, rung in enumerate(rows):
-        color = "tab:gray" if rung in REFERENCES else "tab:blue"
+        color = "tab:gray" if rung.seconds is None else "tab:blue"
         ax.plot(rung.val_loss, y, "o", color=color)
         told = f"{rung.val_loss:.3f}" + (f"  in {rung.time} s" if rung.time else "")
         ax.annotate(told, (rung.val_loss, y), (9, 0), textcoords="offset points", va="center", bbox=label)

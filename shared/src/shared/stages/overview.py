@@ -1,6 +1,7 @@
 """`stages`: where the learner is, and what comes next."""
 
 import argparse
+from pathlib import Path
 
 from shared.console import console, say
 from shared.stages import practice, repo
@@ -20,7 +21,7 @@ def best_loss(stage: repo.Stage) -> str:
         return ""
     losses = [(str(run.get("corpus", "")), run["val_loss"]) for run in runs]
     corpus, loss = min(losses, key=lambda entry: (entry[0] != "shakespeare", *entry))
-    return f"{loss:.3f}" + ("" if corpus == "shakespeare" else f" ({corpus})")
+    return f"{loss:.3f}" + ("" if corpus == "shakespeare" else f" ({Path(corpus).name})")
 
 
 def passed(progress: Progress | None) -> str:

@@ -22,7 +22,7 @@ from shared.console import console, say
 from shared.errors import BadInput
 from shared.stages import repo
 from shared.stages.blank import blanked, choose, header_end, is_blank, is_todo, targets
-from shared.stages.definitions import FUNCTIONS, first_line, load, parse, walk
+from shared.stages.definitions import FUNCTIONS, binds, first_line, load, parse, walk
 from shared.stages.repo import Stage
 from shared.stages.uses import Key, uses_of
 from shared.stages.wording import wordings
@@ -56,6 +56,15 @@ def functions(source: str) -> dict[str, list[ast.FunctionDef]]:
     for node, name, _ in walk(parse(source).body):
         if isinstance(node, FUNCTIONS):
             found.setdefault(name, []).append(node)
+    return found
+
+
+def assigned(source: str) -> set[str]:
+    """What the assignments of a source bind, by qualified name: `__radd__ = __add__` in Value is "Value.__radd__"."""
+    found = set()
+    for node, name, kind in walk(parse(source).body):
+        if isinstance(node, ast.Assign):
+            found |= {f"{name}.{bound}" if kind == "class" else bound for bound in binds(node)}
     return found
 
 
@@ -171,7 +180,8 @@ def unwritten(stage: Stage) -> list[Key]:
     found, wanted = [], exercises(stage)
     for file in dict.fromkeys(file for file, _ in wanted):
         mine = learners(stage, file)
-        names = [name for other, name in wanted if other == file]
+        aliases = assigned(text(began(stage) / file)) - {*mine}
+        names = [name for other, name in wanted if other == file and name not in aliases]
         found += [(file, name) for name in names if any(map(is_open, mine.get(name, [None])))]
     return found
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 from shared.errors import BadInput
 from shared.stages.repo import Stage, find
@@ -56,17 +57,20 @@ def become(words: list[str]) -> int:
 def run_child(words: list[str], patience: float, **options) -> int:
     """The exit code of the program `words`, which is gone whatever happens meanwhile.
 
-    Ctrl-C reaches it too: it has `patience` seconds to save its work and to end. `options` are those of Popen.
+    Ctrl-C reaches it too: it has `patience` seconds to save its work and to end, or until the second Ctrl-C.
+    `options` are those of Popen.
     """
     child = subprocess.Popen(words, **options)
     try:
         return child.wait()
     finally:
         try:
-            child.wait(patience)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(patience)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
 
 
 def add(subparsers) -> None:

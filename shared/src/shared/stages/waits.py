@@ -63,7 +63,7 @@ class Waiting(Checkpoints):
         if end.outcome == "failed" and call.excinfo and (where := self.printed(call.excinfo.value, report)):
             end.message, end.where = "NotImplementedError", where
         first = not self.quiet and self.shown is None
-        if first and end.outcome == "failed" and call.excinfo and not blank(self.top, end):
+        if first and end.outcome == "failed" and call.excinfo and not self.blank(end):
             (end.message, *self.shown), end.where = self.diagnosis.of(call.excinfo.value, test_id(item), self.memory)
         return report
 
@@ -74,7 +74,7 @@ class Waiting(Checkpoints):
         """
         if cause := error.__cause__ or error.__context__:
             file, row, _ = place(cause, self.top)
-            if blank(self.top, End(message=first_words(cause), where=f"{file}:{row}")):
+            if self.blank(End(message=first_words(cause), where=f"{file}:{row}")):
                 self.met[error] = f"{file}:{row}"
         told = "\n".join([str(error), *(text for _, text in report.sections)])
         for file, row in PRINTED.findall(told):
@@ -82,18 +82,28 @@ class Waiting(Checkpoints):
                 self.met[error] = f"{Path(file).relative_to(self.top).as_posix()}:{row}"
         return self.met.get(error, "")
 
+    def blank(self, end: End) -> str | None:
+        """The definition whose blank ended a test; None if it ended otherwise."""
+        file, _, row = end.where.rpartition(":")
+        text = self.diagnosis.texts.get(self.top / file)  # as it was imported: another one may be saved by now
+        if end.message != "NotImplementedError" or text is None:
+            return None
+        if "raise NotImplementedError" not in "".join(text.splitlines()[int(row) - 1 : int(row)]):
+            return None  # torch says the same of a module without `forward`
+        return next(piece.name for piece in split(text) if piece.start <= int(row) <= piece.end)
+
     def pytest_sessionfinish(self):
         self.memory.forget()
         super().pytest_sessionfinish()
 
     def draw_test(self, name: str, ends: list[End]) -> None:
-        blanks = {blank(self.top, end): None for end in ends if end.outcome == "failed"}
+        blanks = {self.blank(end): None for end in ends if end.outcome == "failed"}
         if blanks and None not in blanks:
             self.waits[name] = next(iter(blanks))
         elif self.failing:  # what stands below the first failure would hide it
             self.folded[worst(ends).outcome] += 1
         else:
-            super().draw_test(name, [end for end in ends if not blank(self.top, end)])
+            super().draw_test(name, [end for end in ends if not self.blank(end)])
             if worst(ends).outcome == "failed":
                 self.failing = True
                 for line in self.shown or []:
@@ -102,7 +112,7 @@ class Waiting(Checkpoints):
     def draw_broken(self) -> None:
         slips = self.broken
         for (file, line, _, error), stopped in slips.items():  # a test file may call a blank while it is imported
-            if name := blank(self.top, End(message=error, where=f"{file}:{line}")):
+            if name := self.blank(End(message=error, where=f"{file}:{line}")):
                 self.waits |= dict.fromkeys(stopped, name)
         self.broken = {slip: stopped for slip, stopped in slips.items() if not self.waits.keys() >= {*stopped}}
         super().draw_broken()
@@ -120,14 +130,3 @@ class Waiting(Checkpoints):
         """What waits has not failed."""
         result = super().progress()
         return replace(result, failed=[name for name in result.failed if name not in self.waits])
-
-
-def blank(top: Path, end: End) -> str | None:
-    """The definition whose blank ended a test; None if it ended otherwise."""
-    file, _, row = end.where.rpartition(":")
-    if end.message != "NotImplementedError" or not (top / file).is_file():
-        return None
-    text = (top / file).read_text("utf-8-sig")
-    if "raise NotImplementedError" not in text.splitlines()[int(row) - 1]:
-        return None  # torch says the same of a module without `forward`
-    return next(piece.name for piece in split(text) if piece.start <= int(row) <= piece.end)
