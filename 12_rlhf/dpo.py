@@ -1,6 +1,6 @@
-"""DPO: learning from preferences without a reward model, and without drawing answers.
+"""DPO: learning from preferences without a reward model, and without drawing answers while it learns.
 
-    uv run python dpo.py                                  # pairs of the policy's own answers and right ones
+    uv run python dpo.py                                  # pairs of the policy's own answers, labelled by the verifier
     uv run python dpo.py --data my/pairs.jsonl --name mine
     uv run python dpo.py --loss ipo --beta 0.1 --name ipo
 
@@ -13,6 +13,7 @@ which a comparison of two answers to it does not see. So the reward model's loss
 Rafailov et al., "Direct Preference Optimization" (2023), equation 7. IPO: Azar et al. (2023), equation 17.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,7 +25,7 @@ from shared.program import run_program
 import torch
 import torch.nn.functional as F
 
-from chat import conversation
+from chat import conversation, prompt
 from data import Example, apart, collate
 from hf import Opened
 from learn import RLConfig, Run, arguments, begin, learn, update
@@ -42,12 +43,13 @@ class DPOConfig(RLConfig):
     beta: float = 0.3  # how near to the reference: what one nat of ln (P / P_reference) is worth as a reward
     loss: Literal["dpo", "ipo"] = "dpo"  # ipo stops at a difference of 1 / (2 beta), where dpo never has enough
     lr: float = 3e-5  # learning rate of AdamW
+    temperature: float = 1.0  # of drawing the answers of which pairs are made
     eval_every: int = 20  # steps between looks at held-out tasks
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size < 1 or not self.beta > 0:
-            raise BadInput(f"batch_size is {self.batch_size} and beta {self.beta}: at least 1, and above 0")
+        if self.batch_size < 1 or not 0 < self.beta < math.inf:
+            raise BadInput(f"batch_size is {self.batch_size} and beta {self.beta}: at least 1, and above 0 and finite")
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, kind: str = "dpo"):
@@ -79,8 +81,19 @@ def answer_log_probs(model, examples: list[Example], precision: str = "float32")
 
 
 def encode(opened: Opened, pairs: list[dict]) -> list[tuple[Example, Example]]:
-    """Pairs as tokens, the chosen conversation first."""
-    return [tuple(conversation(opened, talk) for talk in both(each)) for each in pairs]
+    """Pairs as tokens, the chosen conversation first. Only the last answer is learned: earlier ones are the prompt's.
+
+    Raises BadInput for a pair that is longer than the model's context.
+    """
+    rows, room = [], opened.model.config.block_size
+    for i, each in enumerate(pairs):
+        rows.append(tuple(conversation(opened, talk) for talk in both(each)))
+        earlier = len(prompt(opened, each["prompt"]))
+        for example in rows[-1]:
+            example.learned[:earlier] = [False] * earlier
+            if (length := len(example.ids)) > room:
+                raise BadInput(f"pair {i + 1} has {length} tokens, and the model's context {room}: leave it out")
+    return rows
 
 
 def reference_log_probs(reference, rows: list[tuple[Example, Example]], precision: str, size: int = 64):
@@ -114,12 +127,12 @@ def dpo_step(run: Run, rows, before, places: list[int], step: int) -> dict:
             "gradient": norm}
 
 
-def own_pairs(policy: Opened, records: list[dict], seed: int) -> list[dict]:
+def own_pairs(policy: Opened, records: list[dict], temperature: float, seed: int) -> list[dict]:
     """A right and a wrong answer to each task, both the policy's own, where it wrote both among four.
 
     An answer that it would hardly ever give can be made likelier by much, and nearly nothing is learned by it.
     """
-    drawn = draw_answers(policy, records, 4, seed=seed)
+    drawn = draw_answers(policy, records, 4, temperature, seed)
     able = [i for i, record in enumerate(records) if record["messages"][-1]["content"] in drawn[i]]
     return against_gold([drawn[i] for i in able], [records[i] for i in able])
 
@@ -132,7 +145,8 @@ def main(argv=None):
     given = None if args.data is None else read_pairs(args.data)  # a bad record is said first
     run = begin(args, options.build(DPOConfig, args), saved)
     config = run.config
-    rows = encode(run.policy, given or own_pairs(replace(run.policy, model=run.reference), run.records, config.seed))
+    first = replace(run.policy, model=run.reference)
+    rows = encode(run.policy, given or own_pairs(first, run.records, config.temperature, config.seed))
     if len(rows) < config.batch_size:
         raise BadInput(f"{len(rows)} pairs do not fill a batch of {config.batch_size}: use more, or a smaller batch")
     before = reference_log_probs(run.reference, rows, config.precision)

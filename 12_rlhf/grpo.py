@@ -57,8 +57,8 @@ def advantages(rewards, baseline: str = "grpo"):
     """How much better each answer is than the others to its question: rewards [questions, group] -> the same shape.
 
     grpo: minus the group's mean, divided by its standard deviation. dr-grpo: minus the mean alone, for the division
-    makes questions count most that are nearly always right, or nearly never. rloo: minus the mean of the *other*
-    answers, which an answer's own reward has no part in.
+    makes all groups count alike, and so questions that are nearly always right, or nearly never, for more than they do
+    in the mean reward. rloo: minus the mean of the *other* answers, which an answer's own reward has no part in.
     The deviation is the one with n - 1; 1e-6 is added to it. A group whose answers are all equally good says nothing:
     exactly 0, and not 0 / 0.
     """
@@ -91,15 +91,21 @@ def grpo_loss(new, old, reference, advantage, mask, config: GRPOConfig):
 
 
 def grpo_step(policy: Opened, reference, records: list[dict], config: GRPOConfig, optimizer, step: int, rewards=exact):
-    """One step: draw, check, learn -> numbers by name. `rewards(records, drawn)` gives each answer its reward, [B]."""
+    """One step: draw, check, learn -> numbers by name. `rewards(records, drawn)` gives each answer its reward, [B].
+
+    Without a pull towards the reference, groups whose answers are all equally good teach nothing and are left out. With
+    one they stay in: they are pulled as well. The loss is a mean over what is learned from, and `entropy`, `clipped`
+    and `kl` are of these answers alone.
+    """
     model, asked = policy.model, [record["messages"][:-1] for record in records]
     drawn = rollout(policy, asked, config.length, config.temperature, config.group, generator(config, step))
     reward = rewards(records, drawn)
     advantage = advantages(reward.view(-1, config.group), config.baseline)
-    useful = (advantage.abs() > 1e-4).any(1)  # the groups whose answers differ in reward; the others teach nothing
+    useful = (advantage.abs() > 1e-4).any(1)  # the groups whose answers differ in reward
     told = {"reward": reward.mean().item(), "length": drawn.mask.sum(1).float().mean().item(),
             "ended": sum(drawn.ended) / len(drawn.ended), "useful": useful.float().mean().item()}
-    places = useful.repeat_interleave(config.group).nonzero()[:, 0]
+    learned = useful if config.kl == "none" else torch.ones_like(useful)
+    places = learned.repeat_interleave(config.group).nonzero()[:, 0]
     if not len(places):
         return told
     part, advantage = drawn.rows(places), advantage.flatten()[places].to(drawn.ids.device)

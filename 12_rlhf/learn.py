@@ -6,10 +6,11 @@ come, what is written down, and how a run that was stopped goes on.
 
 import argparse
 import copy
+import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from shared import corpus, options
@@ -26,7 +27,7 @@ import torch
 import checkpoint
 import tasks
 from chat import form, ours
-from evaluate import text_loss
+from evaluate import text_loss, text_of
 from hf import Opened
 from preferences import open_policy
 from rollout import look
@@ -72,13 +73,14 @@ class Run:
     seconds: float = 0.0
     saved: dict = field(default_factory=dict)  # the checkpoint that the run goes on from
     begun: float = field(default_factory=time.perf_counter)  # seconds are counted from here
+    corpus: str | None = None  # the text that the tasks' words are from, by the name of what could be had
 
 
 def arguments(argv, Config, doc: str, name: str, add=lambda parser: None) -> tuple[argparse.Namespace, tuple | None]:
     """The command line of a method, and with --resume, which brings the run's own flags, the run's checkpoint."""
     parser = options.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="lazy", help="a tuned model (default: lazy, which is tuned where needed)")
-    parser.add_argument("--corpus", help="where the tasks' words are from (default: shakespeare)")
+    parser.add_argument("--corpus", help="where the tasks' words are from (default: the policy's, or shakespeare)")
     parser.add_argument("--records", type=int, default=4000, help="tasks to learn from (default: 4000)")
     parser.add_argument("--test", type=int, default=180, help="held-out tasks (default: 180)")
     parser.add_argument("--name", default=name, help=f"the run's folder under out/ (default: {name})")
@@ -90,15 +92,17 @@ def arguments(argv, Config, doc: str, name: str, add=lambda parser: None) -> tup
     args = parser.parse_args(argv)
     if min(args.records, args.test) < 1:
         raise BadInput("--records and --test must be at least 1")
-    if args.name == args.policy:
-        raise BadInput(f"--name {args.name} is the policy's own name: choose another")
+    for what in ("policy", "judge"):
+        if args.name == getattr(args, what, None):
+            raise BadInput(f"--name {args.name} is the {what}'s own name: choose another")
     if not args.resume:
         return args, None
-    saved = checkpoint.load(run_folder(__file__, args.name) / "model.pt")
-    if saved[-1]["args"].get("policy") is None:
-        raise BadInput(f"the run {args.name} is none of this script")
+    folder = run_folder(__file__, args.name)
+    saved = checkpoint.load(folder / "model.pt")
+    if not {"policy", *(each.name for each in fields(Config))} <= saved[-1]["args"].keys():
+        raise BadInput(f"the run {args.name} is none of this script: --resume goes on with a run of its own")
     args = options.resume(parser, argv, saved[-1]["args"], free=("steps", "eval_every", "device", "board"))
-    if saved[-1]["step"] >= args.steps:
+    if saved[-1]["step"] >= args.steps and (folder / "summary.json").is_file():
         raise BadInput(f"the run {args.name} has finished its {args.steps} steps: to go on, give it more --steps")
     return args, saved
 
@@ -109,11 +113,12 @@ def begin(args, config: RLConfig, saved: tuple | None) -> Run:
     start = open_policy(args, device)
     policy = ours(*saved) if saved else copy.deepcopy(start)
     policy.model.to(device)
-    known = tasks.words(corpus.load(args.corpus).text)
+    text = text_of(args.policy, args.corpus)
+    known = tasks.words(corpus.load(text).text)
     records, held_out = (tasks.make(known, which, n) for which, n in (("train", args.records), ("words", args.test)))
     reference = start.model.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    run = Run(args, config, policy, reference, records, held_out, optimizer)
+    run = Run(args, config, policy, reference, records, held_out, optimizer, corpus=text)
     if saved:
         run.saved = saved[-1]
         run.step, run.seconds = run.saved["step"], run.saved["seconds"]
@@ -168,7 +173,8 @@ def learn(run: Run, script: str, one: Callable[[int], dict], rewards=None, more:
         with progress(config.steps, log.folder.name) as bar:
             for step in range(run.step + 1, config.steps + 1):
                 log.metrics(step, **(told := one(step - 1)))
-                bar.update(step, reward=told.get("reward", 0.0), right=last["greedy"])
+                shown = {name: told[name] for name in ("reward", "right_pairs") if name in told}  # DPO has no rewards
+                bar.update(step, **shown, right=last["greedy"])
                 if interrupt.asked:
                     break
                 if step % config.eval_every == 0 and step < config.steps:
@@ -181,13 +187,34 @@ def learn(run: Run, script: str, one: Callable[[int], dict], rewards=None, more:
             return 130
         last, seconds = seen(), time.perf_counter() - begun
         draw(read_metrics(log.folder), log)
-        tax = text_loss(model, run.policy.tokenizer, run.args.corpus) - text_loss(
-            run.reference, run.policy.tokenizer, run.args.corpus)
-        log.finish(corpus=run.args.corpus or "shakespeare", steps=step, seconds=seconds, tax=tax,
+        tax = text_loss(model, run.policy.tokenizer, run.corpus) - text_loss(
+            run.reference, run.policy.tokenizer, run.corpus)
+        log.finish(corpus=run.corpus, steps=step, seconds=seconds, tax=tax,
                    **{f"first_{name}": value for name, value in first.items()}, **last)
     say(f"right answers to new words: {first['greedy']:.3f} before, {last['greedy']:.3f} after (drawn: "
         f"{first['sampled']:.3f} and {last['sampled']:.3f}); KL {last['kl']:.2f} nats; {seconds:.0f} s; {log.folder}")
     return None
+
+
+def finish(main, name: str, flags: dict, args) -> dict | None:
+    """The summary of the run `name`, which `main` makes with these flags. None: it was stopped.
+
+    A run that was made with them before is kept, unless `args.again`, and one that was stopped goes on.
+    """
+    folder = run_folder(__file__, name)
+    file = folder / "config.json"
+    same = not args.again and file.is_file() and flags.items() <= json.loads(file.read_text("utf-8")).items()
+    if not (same and (folder / "summary.json").is_file()):
+        say(f"\n{name}")
+        words = ["--name", name, "--device", args.device]
+        if same and (folder / "model.pt").is_file():
+            words.append("--resume")
+        else:
+            given = {"--" + key.replace("_", "-"): str(value) for key, value in flags.items() if value is not None}
+            words += [word for pair in given.items() for word in pair]
+        if main(words):
+            return None
+    return json.loads((folder / "summary.json").read_text("utf-8"))
 
 
 def draw(rows: list[dict], log):

@@ -5,7 +5,8 @@
     uv run python pipeline.py --only grpo dpo
 
 All start from the policy "lazy", which was tuned on demonstrations with mistakes. It can do better than it does: its
-likeliest answers are mostly wrong, and among several drawn ones there often is a right one.
+likeliest answers are mostly wrong, and among several drawn ones there often is a right one. A way that was stopped goes
+on. A run of its name that was made with other flags is made anew.
 
 At the end all models are looked at alike: their loss on the text of the base, nats per character, their right answers
 to new words, the likeliest or drawn ones, and the score that the reward model gives to the drawn ones, in units in
@@ -13,7 +14,6 @@ which the policy's have mean 0 and spread 1. The base has tags that it never saw
 """
 
 import argparse
-import json
 
 from shared import corpus, options
 from shared.console import progress, say, table
@@ -29,17 +29,17 @@ import tasks
 from chat import open_model, ours, with_tags
 from evaluate import text_loss
 from hf import Opened
-from learn import RLConfig
+from learn import RLConfig, finish
 from preferences import open_policy
 from rollout import look
 
-# What each way is told. "ppo-free" is not held near the reference, and goes fast: what its judge likes is not what is
-# right.
+# Each way with its recipe. "ppo-free" is not held near the reference, and goes fast: what its judge likes is not what
+# is right.
 WAYS = {
-    "dpo": (dpo.main, []),
-    "grpo": (grpo.main, []),
-    "ppo": (ppo.main, []),
-    "ppo-free": (ppo.main, ["--beta", "0", "--lr", "1e-3"]),
+    "dpo": (dpo.main, dpo.DPOConfig()),
+    "grpo": (grpo.main, grpo.GRPOConfig()),
+    "ppo": (ppo.main, ppo.PPOConfig()),
+    "ppo-free": (ppo.main, ppo.PPOConfig(beta=0.0, lr=1e-3)),
 }
 
 
@@ -63,17 +63,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = setup(args.device, RLConfig.seed)
     policy, judge = open_policy(args, device), ppo.open_judge(args, device)
-    text = ["--corpus", args.corpus] if args.corpus else []
+    shared = {"policy": args.policy, "corpus": args.corpus, "records": 4000, "test": 180}
     seconds = {}
     for name in args.only:
-        way, flags = WAYS[name]
-        file = run_folder(__file__, name) / "summary.json"
-        if args.again or not file.is_file():
-            say(f"\n{name}")
-            judged = ["--judge", args.judge] if name.startswith("ppo") else []
-            if way([*flags, *judged, "--policy", args.policy, *text, "--name", name, "--device", args.device]):
-                return 130
-        seconds[name] = json.loads(file.read_text("utf-8"))["seconds"]
+        way, recipe = WAYS[name]
+        more = {"dpo": {"data": None}, "grpo": {}}.get(name, {"judge": args.judge})
+        if (told := finish(way, name, vars(recipe) | shared | more, args)) is None:
+            return 130
+        seconds[name] = told["seconds"]
     rows = looks(args, policy, judge, list(seconds))
     for row in rows:
         row["seconds"] = seconds.get(row["model"])

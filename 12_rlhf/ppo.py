@@ -7,7 +7,9 @@
 Beside REINFORCE, which makes an answer likelier by how good it was, PPO has three parts:
 
 - a critic, a second network that guesses at each token how good the answer will be. What counts is how much better it
-  became than guessed, token by token (advantages by GAE);
+  became than guessed, token by token (advantages by GAE). It begins as the reward model, whose scores are not in the
+  units of the rewards, (score - mean) / spread: its first guesses are off by a constant and a factor. Advantages are
+  normalised, which mostly forgives that, and `value_clip` lets the critic correct it slowly;
 - several passes over the same answers, and a clip, beyond which a token's probability gains nothing by moving further;
 - a price for each token on how far it is from the reference: r_t = -beta (ln P(token) - ln P_reference(token)).
 
@@ -62,8 +64,11 @@ class PPOConfig(RLConfig):
         for name in ("clip_ratio", "value_lr", "value_clip", "kl_target"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be above 0, and finite")
-        if not 0 <= self.beta < math.inf:
-            raise BadInput(f"beta is {self.beta}: it must be 0 or more, and finite")
+        for name in ("beta", "entropy"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be 0 or more, and finite")
+        if self.beta == 0 and self.kl_target is not None:
+            raise BadInput(f"beta is 0 and kl_target {self.kl_target}: beta is moved by shares of itself and stays 0")
 
 
 def clipped(ratio, advantage, clip: float):
@@ -197,7 +202,10 @@ def ppo_step(run: Run, critic, beta: float, records: list[dict], rewards, step: 
             loss = loss - config.entropy * masked_mean(undecided, mask)
             (loss + value_loss(values(critic, part, config.precision), guess[places], returns[places], mask,
                                config.value_clip)).backward()
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
+            value_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip).item()
+            if not math.isfinite(value_norm):
+                raise BadInput(f"the critic's gradient is {value_norm} at step {step + 1}: lower --value-lr, "
+                               f"{config.value_lr:g}")
             norm = update(model, run.optimizer, config, step)
     return {
         "reward": score.mean().item(), "right": exact(records, drawn).mean().item(),
@@ -209,14 +217,14 @@ def ppo_step(run: Run, critic, beta: float, records: list[dict], rewards, step: 
 
 
 def open_judge(args, device) -> Opened:
-    """The reward model of the run `args.judge`, which is trained where there is none."""
-    file = run_folder(__file__, args.judge) / "model.pt"
-    if args.judge == "reward" and not file.is_file():
+    """The reward model of the run `args.judge`. The run "reward" is trained where there is none that was finished."""
+    folder = run_folder(__file__, args.judge)
+    if args.judge == "reward" and not (folder / "summary.json").is_file():
         flags = ["--policy", args.policy, "--device", args.device, *(["--corpus", args.corpus] if args.corpus else [])]
         say("first a reward model: " + command(Path(__file__).parent.name, "reward.py", *flags))
         if reward.main(flags):
             sys.exit(130)
-    return reward.load(file, device)
+    return reward.load(folder / "model.pt", device)
 
 
 def scale_of(judge: Opened, policy: Opened, records: list[dict], config: RLConfig) -> tuple[float, float]:
@@ -236,6 +244,9 @@ def main(argv=None):
     config = options.build(PPOConfig, args)
     judge = open_judge(args, setup(args.device, args.seed))  # first: its training is no part of the run's seconds
     run = begin(args, config, saved)
+    if judge.tokenizer.state() != run.policy.tokenizer.state():  # the critic, a copy of it, reads the policy's tokens
+        raise BadInput(f"the judge {args.judge} has another tokenizer than the policy {args.policy}: train a judge for "
+                       f"it, with reward.py --policy {args.policy} --name NAME, and say --judge NAME")
     state = run.saved or {"beta": config.beta, "scale": scale_of(judge, run.policy, run.records, config)}
     critic = copy.deepcopy(judge.model)
     if run.saved:

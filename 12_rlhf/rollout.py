@@ -3,7 +3,8 @@
 Supervised tuning is shown answers. Here the model draws them from its own distribution, is told how good they were, and
 makes the good ones likelier. So two numbers must belong to the same law: the probability with which a token was drawn,
 and the one that is trained on. Temperature 1 and all tokens allowed is the simplest such law; with another temperature,
-the scores are divided by it in both places.
+the scores are divided by it in both places. Answers are drawn in float32, whatever the precision of training: with
+bfloat16 the two laws differ, but by no more than what rounding does.
 
 Shapes: B answers of at most A tokens, each after a prompt of at most P.
 """

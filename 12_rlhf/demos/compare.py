@@ -25,7 +25,6 @@ A run that is finished is kept, as out/compare-<way>-<seed>. After Ctrl-C, the s
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import replace
@@ -39,7 +38,7 @@ from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput
 from shared.program import run_program
-from shared.runlog import RunLog, run_folder
+from shared.runlog import RunLog
 
 import torch
 from matplotlib.figure import Figure
@@ -50,34 +49,13 @@ import ppo
 import tasks
 from chat import open_model
 from hf import Opened
-from learn import RLConfig
+from learn import RLConfig, finish
 from preferences import open_policy
 from rollout import exact, look, rollout
 
 WAYS = {"DPO": (dpo.main, dpo.DPOConfig()), "PPO": (ppo.main, ppo.PPOConfig()), "GRPO": (grpo.main, grpo.GRPOConfig())}
 COLUMNS = {"greedy": "greedy", "drawn": "sampled", "proxy": "reward", "KL": "kl", "tax": "tax", "seconds": "seconds"}
 ROWS = 512  # answers that best-of-n draws at once
-
-
-def finish(main, name: str, flags: dict, args) -> dict | None:
-    """The summary of the run `name`, which `main` makes with these flags. None: it was stopped.
-
-    A run that was made with them before is kept, unless `args.again`, and one that was stopped goes on.
-    """
-    folder = run_folder(__file__, name)
-    file = folder / "config.json"
-    same = not args.again and file.is_file() and flags.items() <= json.loads(file.read_text("utf-8")).items()
-    if not (same and (folder / "summary.json").is_file()):
-        say(f"\n{name}")
-        words = ["--name", name, "--device", args.device]
-        if same and (folder / "model.pt").is_file():
-            words.append("--resume")
-        else:
-            given = {"--" + key.replace("_", "-"): str(value) for key, value in flags.items() if value is not None}
-            words += [word for pair in given.items() for word in pair]
-        if main(words):
-            return None
-    return json.loads((folder / "summary.json").read_text("utf-8"))
 
 
 def proxy(judge: Opened, policy: Opened, args):

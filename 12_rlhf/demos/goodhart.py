@@ -46,8 +46,8 @@ import ppo
 import reward
 import tasks
 from chat import open_model
-from demos.compare import finish
 from hf import Opened
+from learn import finish
 from preferences import open_policy
 from rollout import rollout
 
@@ -62,8 +62,13 @@ def curve(name: str) -> list[dict]:
 
 
 def average(curves: list[list[dict]]) -> list[dict]:
-    """The mean curve of several seeds, and the distance at each look: the square root of the mean KL."""
-    rows = [{key: mean(row[key] for row in looks) for key in looks[0]} for looks in zip(*curves, strict=True)]
+    """The mean curve of several seeds, and the distance at each look: the square root of the mean KL.
+
+    Only steps at which all have looked: a run that was stopped and went on has looked there as well.
+    """
+    by_step = [{row["step"]: row for row in rows} for rows in curves]
+    shared = [[rows[step] for rows in by_step] for step in by_step[0] if all(step in rows for rows in by_step)]
+    rows = [{key: mean(row[key] for row in looks) for key in looks[0]} for looks in shared]
     # Estimated from drawn answers, a KL near 0 may come out below 0.
     return [row | {"step": int(row["step"]), "distance": max(0.0, row["kl"]) ** 0.5} for row in rows]
 

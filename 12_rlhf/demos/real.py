@@ -1,6 +1,6 @@
 """Preferences on a real model: DPO with LoRA on SmolLM2, in a few minutes on a laptop, and what the loss does not say.
 
-    uv run stages run 12 demos/real.py                               # preferences.json, looked for in $STAGES_DATA
+    uv run stages run 12 demos/real.py                               # 1,100 pairs, which are downloaded
     uv run stages run 12 demos/real.py --data my/pairs.jsonl --name mine
     uv run stages run 12 demos/real.py --loss ipo --name ipo
 
@@ -24,7 +24,6 @@ A run of a few minutes is not resumed. After Ctrl-C, the adapter of the steps so
 """
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -35,7 +34,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from shared import options
+from shared import corpus, options
 from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput
@@ -54,7 +53,7 @@ from dpo import DPOConfig, dpo_step, encode, reference_log_probs
 from evaluate import answers, interval
 from hf import Opened
 from learn import Run
-from preferences import read_pairs, split_by_prompt
+from preferences import both, read_pairs, split_by_prompt
 from reward import accuracy
 
 FIXED = ("eval_every", "temperature")  # of DPO's recipe, and of no use here
@@ -77,25 +76,16 @@ class Recipe(DPOConfig):
             raise BadInput(f"--shown {self.shown}: it must be at least 1")
 
 
-def find(data: Path | None) -> Path:
-    """The file of pairs: `data`, or preferences.json in the folder that STAGES_DATA names. Raises BadInput."""
-    if data is not None:
-        return data
-    file = Path(os.environ.get("STAGES_DATA", ""), "preferences.json").absolute()
-    if "STAGES_DATA" not in os.environ or not file.is_file():
-        raise BadInput("no pairs: give a file with --data, or a folder that has preferences.json with STAGES_DATA")
-    return file
-
-
 def fitting(opened: Opened, pairs: list[dict], what: str) -> tuple[list[dict], list]:
     """Pairs, and the same as tokens. One that is longer than the model's context is left out, and that is said."""
-    both = [(pair, two) for pair, two in zip(pairs, encode(opened, pairs), strict=True)
-            if max(len(example.ids) for example in two) <= opened.model.config.block_size]
-    if len(both) < len(pairs):
-        say(f"{what}: {len(pairs) - len(both)} of {len(pairs)} pairs are longer than the model's context and left out")
-    if not both:
+    room = opened.model.config.block_size
+    kept = [pair for pair in pairs
+            if max(len(prompt(opened, talk, add_generation_prompt=False)) for talk in both(pair)) <= room]
+    if len(kept) < len(pairs):
+        say(f"{what}: {len(pairs) - len(kept)} of {len(pairs)} pairs are longer than the model's context and left out")
+    if not kept:
         raise BadInput(f"{what}: no pair fits into the model's context")
-    return [pair for pair, _ in both], [two for _, two in both]
+    return kept, encode(opened, kept)
 
 
 def passes(count: int, config: Recipe) -> list[list[int]]:
@@ -140,7 +130,7 @@ def draw(rows: list[dict], moved, right: float) -> Figure:
 def main(argv: list[str] | None = None):
     begin = time.perf_counter()
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a file of pairs (default: preferences.json in $STAGES_DATA)")
+    parser.add_argument("--data", type=Path, help="a file of pairs (default: the published preferences.json)")
     parser.add_argument("--model", default="smollm2", help="what chat.py opens (default: smollm2)")
     parser.add_argument("--name", default="real", help="the run's folder under out/ (default: real)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -151,7 +141,7 @@ def main(argv: list[str] | None = None):
     device = setup(args.device, config.seed)
     if config.precision == "auto":
         config = replace(config, precision=quicker(device))
-    training, held_out = split_by_prompt(read_pairs(find(args.data)), seed=0)
+    training, held_out = split_by_prompt(read_pairs(args.data or corpus.records("preferences")), seed=0)
     opened = open_model(args.model, device)
     model = opened.model
     (training, rows), (held_out, tests) = fitting(opened, training, "training"), fitting(opened, held_out, "held out")

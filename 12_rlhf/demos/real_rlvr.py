@@ -24,7 +24,6 @@ A run of a few minutes is not resumed. After Ctrl-C, the adapter of the steps so
 """
 
 import argparse
-import os
 import random
 import re
 import sys
@@ -37,7 +36,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from shared import options
+from shared import corpus, options
 from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput
@@ -79,7 +78,7 @@ class Recipe(GRPOConfig):
     sft: int = 0  # learn from so many sums with their answers instead, by cross-entropy; 0: from rewards
     test: int = 96  # held-out sums
     shown: int = 4  # held-out sums whose answers are printed at each look
-    forget: int = 50  # other instructions, from instructions.json, whose loss is measured before and after
+    forget: int = 50  # other instructions, published ones, whose loss is measured before and after
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the base; auto: in which this machine multiplies faster
 
     def __post_init__(self):
@@ -324,11 +323,14 @@ def errors(sums: list[tuple], before: tuple[Rollout, Rollout], after: tuple[Roll
 
 
 def others(opened: Opened, count: int) -> list:
-    """`count` instructions of another kind as examples, from instructions.json in STAGES_DATA; none where it is not."""
-    file = Path(os.environ.get("STAGES_DATA", ""), "instructions.json").absolute()
-    if not count or "STAGES_DATA" not in os.environ or not file.is_file():
+    """`count` of the published instructions as examples; none, and a line that says so, where they cannot be had."""
+    if not count:
         return []
-    records = read_records(file)
+    try:
+        records = read_records(corpus.records("instructions"))
+    except BadInput as error:
+        say(f"what is forgotten is not measured: {error}")
+        return []
     records = random.Random(0).sample(records, min(count, len(records)))
     return sft.fitting(opened, records, "other instructions")
 

@@ -83,11 +83,14 @@ def talks(each) -> list[list[dict]]:
 
 
 def test_ln_p_of_an_answer_is_a_sum_over_its_tokens(opened):
-    """ln P of an answer sums its tokens and its end: no mean over them, no token of the question, and no padding."""
-    rows = encode(opened, PAIRS[:4])
+    """ln P of an answer sums its tokens and its end: no mean over them, no token of the question, and no padding.
+
+    Where the question has earlier turns, their answers do not count either.
+    """
+    rows = encode(opened, PAIRS)
     with torch.no_grad():
         found = answer_log_probs(opened.model, [each for two in rows for each in two])
-        for i, each in enumerate(PAIRS[:4]):
+        for i, each in enumerate(PAIRS):
             for j, talk in enumerate(talks(each)):
                 expected, told = alone(opened.model, opened, talk).item(), found[2 * i + j].item()
                 n = len(talk[-1]["content"]) + 1
@@ -99,13 +102,23 @@ def test_ln_p_of_an_answer_is_a_sum_over_its_tokens(opened):
 
 def test_the_reference_is_asked_once_and_answers_in_order(opened):
     """ln P under the reference, in the pairs' order however they are sorted for reading, without gradient."""
-    rows = encode(opened, PAIRS[:4])
+    rows = encode(opened, PAIRS)
     found = reference_log_probs(opened.model, rows, "float32", size=3)
-    assert found.shape == (4, 2) and not found.requires_grad, "a number for each answer of each pair"
+    assert found.shape == (5, 2) and not found.requires_grad, "a number for each answer of each pair"
     with torch.no_grad():
-        expected = [[alone(opened.model, opened, talk).item() for talk in talks(each)] for each in PAIRS[:4]]
+        expected = [[alone(opened.model, opened, talk).item() for talk in talks(each)] for each in PAIRS]
     for row, told in zip(found.tolist(), expected, strict=True):
         assert row == pytest.approx(told, rel=1e-5), f"{row}, expected {told}: the pairs are mixed up"
+
+
+def test_a_pair_that_is_too_long_is_refused(opened):
+    """A pair with an answer that does not fit into the model's context is refused, and its place and size are told."""
+    asked = [{"role": "user", "content": "a"}]
+    fits = 40 - len(prompt(opened, asked)) - 1  # letters of an answer, which has an end
+    encode(opened, [pair(asked, "b", "a" * fits)])
+    for two in (("b", "a" * (fits + 1)), ("a" * (fits + 1), "b")):
+        with pytest.raises(BadInput, match="pair 2 has 41 tokens, and the model's context 40"):
+            encode(opened, [PAIRS[0], pair(asked, *two)])
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": "ipo"}], ids=str)
@@ -119,9 +132,9 @@ def test_a_step_written_out(changes, opened):
     run = Run(None, config, policy, reference.model, [], [], optimizer)
     first = little.neighbour(opened, 0.05, 3)
     start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    told = dpo_step(run, rows, before, [3, 0, 1], 0)
+    told = dpo_step(run, rows, before, [3, 0, 4], 0)
     losses, moves = [], []
-    for i in (3, 0, 1):
+    for i in (3, 0, 4):
         now = [alone(first, opened, talk) for talk in talks(PAIRS[i])]
         move = [a - b for a, b in zip(now, before[i], strict=True)]
         h = move[0] - move[1]
@@ -163,22 +176,22 @@ def test_pairs_of_the_policys_own(opened, monkeypatch):
     """A right and a wrong answer that the policy wrote itself; where it wrote only one of the two there is no pair."""
     records, seen = little.RECORDS[:4], []  # the right answers are b, bb, a and ab
 
-    def drawn(policy, asked, n, **more):
-        seen.append((policy, asked, n, more))
+    def drawn(*told):
+        seen.append(told)
         return [["a", "b", "bb", "b"], ["b", "a", "a", "b"], ["a", "a", "a", "a"], ["ab", "ab", "ab", "ba"]]
 
     monkeypatch.setattr(dpo, "draw_answers", drawn)
-    found = dpo.own_pairs(opened, records, seed=4)
+    found = dpo.own_pairs(opened, records, 1.3, seed=4)
     told = [(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in found]
     asked = [record["messages"][:-1] for record in records]
     assert told == [(asked[0], "b", "a"), (asked[3], "ab", "ba")], f"{told}: the right answer first, then a wrong one"
-    assert seen == [(opened, records, 4, {"seed": 4})], "four answers to each question, drawn with the seed"
+    assert seen == [(opened, records, 4, 1.3, 4)], "four answers to each question, at the temperature, with the seed"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"batch_size": 0}, "batch_size is 0"), ({"beta": 0.0}, "beta 0.0"), ({"beta": math.nan}, "beta nan"),
-     ({"lr": -1.0}, "lr is -1")],
+     ({"beta": math.inf}, "beta inf"), ({"lr": -1.0}, "lr is -1")],
     ids=str,
 )  # fmt: skip
 def test_recipes_that_cannot_run(changes, message):

@@ -126,22 +126,26 @@ def test_ppo_finds_the_best_policy(seed):
 
 
 @functools.cache
-def with_kl_in_the_loss(kind: str, seed: int) -> Problem:
-    """A policy that learned by GRPO with the estimator in the loss, an answer as a whole being one term of it."""
+def with_kl_in_the_loss(kind: str, seed: int, whole: bool = True) -> Problem:
+    """A policy that learned by GRPO's loss with the estimator in it: a term for each answer, or one for each token.
+
+    The advantages are those of RLOO: GRPO's own are divided by the spread of a group, and have another goal.
+    """
     problem, size = Problem(seed), 2048
     config = GRPOConfig(baseline="rloo", kl=kind, beta=BETA, length=1)
     for optimizer in problem.steps(300, 0.1):
         drawn = problem.draw(size)
-        new = token_log_probs(problem.policy)[drawn].sum(1, keepdim=True)  # [size, 1]
+        new, reference = token_log_probs(problem.policy)[drawn], problem.reference[drawn]  # [size, 4] x 2
+        if whole:
+            new, reference = (each.sum(1, keepdim=True) for each in (new, reference))  # [size, 1] x 2
         gain = advantages(problem.reward[drawn].view(-1, 8), "rloo").flatten()
-        reference = problem.reference[drawn].sum(1, keepdim=True)
-        apply(optimizer, grpo_loss(new, new.detach(), reference, gain, torch.ones(size, 1), config)[0])
+        apply(optimizer, grpo_loss(new, new.detach(), reference, gain, torch.ones_like(new), config)[0])
     return problem
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_grpo_with_k2_in_the_loss_finds_the_best_policy(seed):
-    """GRPO with beta k2 of whole answers in the loss goes to pi*: the mean gradient of k2 is that of KL(pi, pi_ref)."""
+    """GRPO's loss with beta k2 of whole answers goes to pi*: the mean gradient of k2 is that of KL(pi, pi_ref)."""
     problem = with_kl_in_the_loss("k2", seed)
     far = problem.distance(problem.best)
     assert far < 0.04, f"{far:.3f} from pi*: advantages, loss and pull together do not climb E[r] - beta KL"
@@ -149,9 +153,10 @@ def test_grpo_with_k2_in_the_loss_finds_the_best_policy(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_grpo_with_k3_in_the_loss_finds_another_policy(seed):
-    """With beta k3 in the loss GRPO goes to beta pi_ref / (lambda - r): the best for KL(pi_ref, pi), and not pi*.
+    """GRPO's loss with beta k3 of whole answers goes to beta pi_ref / (lambda - r), and not to pi*.
 
-    Where the gradient of E[r] - beta KL(pi_ref, pi) is 0, r pi + beta pi_ref = lambda pi for every answer.
+    That is the best for KL(pi_ref, pi): where the gradient of E[r] - beta KL(pi_ref, pi) is 0, r pi + beta pi_ref =
+    lambda pi for every answer.
     """
     problem = with_kl_in_the_loss("k3", seed)
     its_own = problem.k3_best()
@@ -160,6 +165,17 @@ def test_grpo_with_k3_in_the_loss_finds_another_policy(seed):
     wrong = "advantages, loss and pull together do not climb E[r] - beta KL(pi_ref, pi)"
     assert near < 0.02, f"{near:.3f} from beta pi_ref / (lambda - r): {wrong}"
     assert far > 0.4, f"{far:.3f} from pi*: k3 in the loss does not go there; is another estimator in its place?"
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_a_pull_summed_token_by_token_finds_another_policy(kind):
+    """Summed token by token, as published code does it, neither k2 nor k3 leads to pi*.
+
+    A token also changes which tokens come after it, and so what these pay. The gradient of such a sum leaves this out.
+    """
+    problem = with_kl_in_the_loss(kind, 0, whole=False)
+    far = problem.distance(problem.best)
+    assert far > 0.08, f"{kind}: {far:.3f} from pi*: are the tokens of an answer one term of the loss?"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

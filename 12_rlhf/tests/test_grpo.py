@@ -126,6 +126,8 @@ def copies(model):
 )  # fmt: skip
 def test_a_step_written_out(changes, opened):
     """One pass: the policy gradient of the groups that have a signal, each answer read alone; the others are dropped.
+
+    With a pull towards the reference all groups are learned from: those without a signal are pulled alone.
     """
     policy, config, optimizer = start(opened, **changes)
     reference, before = little.neighbour(opened), copies(policy.model)
@@ -137,9 +139,9 @@ def test_a_step_written_out(changes, opened):
     terms, useful, kls, rewards = [], 0, [], rewards_by_length(RECORDS, drawn).tolist()
     for q in range(len(ASKED)):
         group = rewards[5 * q:5 * q + 5]
-        if len({*group}) == 1:
+        useful += len({*group}) > 1
+        if len({*group}) == 1 and config.kl == "none":
             continue
-        useful += 1
         mean = sum(group) / 5
         scale = {"grpo": 1 / (torch.tensor(group).std().item() + 1e-6), "dr-grpo": 1.0, "rloo": 5 / 4}[config.baseline]
         for i in range(5 * q, 5 * q + 5):
@@ -153,7 +155,7 @@ def test_a_step_written_out(changes, opened):
     assert 0 < useful < 6, "the checkpoint needs groups with and without a signal"
     little.same(little.moved(before, policy.model, config.lr), little.gradients(-sum(terms) / len(terms), first), (
         "not the policy gradient of the groups that have a signal: another law than the one that was drawn from, "
-        "advantages of another group, or groups without signal that are counted"))
+        "advantages of another group, or groups without signal: counted although nothing pulls, or not pulled"))
     expected = {"useful": useful / 6, "reward": sum(rewards) / 30, "kl": sum(kls) / len(kls), "clipped": 0.0,
                 "length": drawn.mask.sum(1).float().mean().item(), "ended": sum(drawn.ended) / 30}  # fmt: skip
     for name, value in expected.items():

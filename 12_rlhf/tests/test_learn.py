@@ -4,7 +4,10 @@ import json
 import math
 import shutil
 import signal
+from argparse import Namespace
+from itertools import pairwise
 
+from shared.corpus import Corpus
 from shared.errors import BadInput
 
 import little
@@ -16,11 +19,12 @@ import dpo
 import grpo
 import learn
 import ppo
+import reward
 import tasks
 from chat import open_model
+from evaluate import text_loss
 from learn import RLConfig, generator, update
 from preferences import pair
-from reward import load
 
 FLAGS = ["--policy", "little", "--records", "30", "--test", "9", "--length", "4", "--device", "cpu", "--warmup", "3"]
 METHODS = {
@@ -32,9 +36,12 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a random policy, a judge, a text, and pairs in a file."""
+    """A folder with a random policy, a judge, a judge of another policy, a text, and pairs in a file."""
     folder = tmp_path_factory.mktemp("made")
     little.runs(folder / "out")
+    foreign = little.policy("\n " + "".join(map(chr, range(34, 124))), block_size=96)  # as many letters, but others
+    (folder / "out" / "foreign").mkdir()
+    reward.save(folder / "out" / "foreign" / "model.pt", reward.judge(foreign))
     (folder / "text.txt").write_text(little.text(), encoding="utf-8")
     pairs = [pair([{"role": "user", "content": f"Say {i}."}], str(i), str(i) * 2) for i in range(8)]
     (folder / "pairs.jsonl").write_text(tasks.dumps(pairs), encoding="utf-8")
@@ -50,7 +57,7 @@ def late(records, drawn):
 def start(made, tmp_path, monkeypatch):
     """A function: run a method beside the little policy, with words of the test's own -> the folder of the run."""
     monkeypatch.setenv("STAGES_OUT", str(tmp_path))
-    for name in ("little", "judge"):
+    for name in ("little", "judge", "foreign"):
         shutil.copytree(made / "out" / name, tmp_path / name)
     step = grpo.grpo_step  # a random policy is never right: here it is paid for letters that are late in the alphabet
     monkeypatch.setattr(grpo, "grpo_step", lambda *args: step(*args, rewards=late))
@@ -109,10 +116,13 @@ def test_a_resumed_run_is_the_run_itself(method, start, no_figures, monkeypatch,
                 f"{part}: {name} is not that of the run that never stopped: a step's random numbers, its questions, "
                 "the optimiser's memory, the rate, or what the reference is"
             )
+    steps = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole)]
     if method == "ppo":
         assert states[0]["beta"] == states[1]["beta"] != 0.2, "the price that was adapted is kept"
         assert states[0]["scale"] == states[1]["scale"], "the scale of the rewards is kept"
-    steps = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole)]
+        for row, after in pairwise(row for row in steps if "beta" in row):
+            price = row["beta"] * (1 + 0.1 * max(-0.2, min(0.2, row["kl"] / 0.5 - 1)))
+            assert after["beta"] == pytest.approx(price), "a price follows from the one before, and not from the first"
     assert [row["step"] for row in steps if "held_out_greedy" in row] == [0, 3, 4], "looks: first, now and then, last"
     again = {row["step"]: row for row in rows(parts) if "gradient" in row}
     for row in steps:
@@ -126,16 +136,37 @@ def test_a_resumed_run_is_the_run_itself(method, start, no_figures, monkeypatch,
         METHODS[method][0](["--resume", "--name", "parts"])
 
 
+def test_a_run_that_was_killed_at_its_end_is_ended(start, no_figures):
+    """With all its steps done and no result, as after a crash in the last look, a resumed run takes the look alone."""
+    folder = start("grpo", "killed", "--steps", "2")
+    first = json.loads((folder / "summary.json").read_text("utf-8"))
+    (folder / "summary.json").unlink()
+    assert grpo.main(["--resume", "--name", "killed"]) is None
+    again = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert again["steps"] == 2 and again["kl"] == first["kl"], "a step was taken, or another policy is looked at"
+
+
+def test_a_run_of_another_script_is_not_resumed(start, no_figures):
+    """--resume goes on with a run of the same method: the recipe of another one has other numbers."""
+    start("dpo", "other", "--steps", "1")
+    for method in ("grpo", "ppo"):
+        with pytest.raises(BadInput, match="the run other is none of this script"):
+            METHODS[method][0](["--resume", "--name", "other", "--steps", "2"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_policy_learns_and_the_reference_stays(method, start, no_figures, monkeypatch):
-    """Only the policy moves. The reference has, at the end, the weights of the run that all began with."""
-    seen, real = [], learn.look
+    """Only the policy moves, and PPO's critic. At the end the reference has the weights of the run that all began with,
+    and the judge those that it was trained to.
+    """
+    seen, real, judges, opened = [], learn.look, [], ppo.open_judge
 
     def watched(policy, reference, *more):
         seen.append((policy.model, reference))
         return real(policy, reference, *more)
 
     monkeypatch.setattr(learn, "look", watched)
+    monkeypatch.setattr(ppo, "open_judge", lambda *args: judges.append(opened(*args)) or judges[-1])
     start(method, "moved", "--steps", "3")
     source = open_model("little").model.state_dict()
     policy, reference = seen[-1]
@@ -147,15 +178,21 @@ def test_the_policy_learns_and_the_reference_stays(method, start, no_figures, mo
         assert torch.equal(tensor, saved[name]), f"{name}: what was saved is not the policy"
     assert any(not torch.equal(saved[name], source[name]) for name in source), "the policy did not learn"
     if method == "ppo":
-        judge = load(learn.run_folder(ppo.__file__, "judge") / "model.pt").model.state_dict()
-        state = checkpoint.load(learn.run_folder(ppo.__file__, "moved") / "model.pt")[2]["critic"]
-        assert any(not torch.equal(state[name], judge[name]) for name in judge), "the critic did not learn"
+        judge = reward.load(learn.run_folder(ppo.__file__, "judge") / "model.pt").model.state_dict()
+        state = checkpoint.load(learn.run_folder(ppo.__file__, "moved") / "model.pt")[2]
+        assert any(not torch.equal(state["critic"][name], judge[name]) for name in judge), "the critic did not learn"
+        for name, tensor in judges[0].model.state_dict().items():
+            assert torch.equal(tensor, judge[name]), f"{name} of the judge has moved: the critic is the judge itself"
+        rates = [group["initial_lr"] for group in state["optimizer"]["param_groups"]]
+        assert rates == [3e-4, 1e-3], f"rates {rates} of policy and critic: the critic's is value_lr"
 
 
-def test_what_a_run_leaves(start, capsys):
+def test_what_a_run_leaves(start, made, monkeypatch, capsys):
     """The policy as a model of its own, numbers and figure, and in the last line what was reached, by its own numbers.
     """
-    folder = start("grpo", "left", "--steps", "2", "--kl", "k3", "--baseline", "rloo")
+    asked, real, place = [], learn.look, str(made / "text.txt")
+    monkeypatch.setattr(learn, "look", lambda *args: asked.append(args[2]) or real(*args))
+    folder = start("grpo", "left", "--steps", "2", "--kl", "k3", "--baseline", "rloo", "--lr", "0.03")
     summary, said = json.loads((folder / "summary.json").read_text("utf-8")), capsys.readouterr().out
     assert {"config.json", "metrics.jsonl", "model.pt", "curves.png"} <= {f.name for f in folder.iterdir()}, "a file"
     told = rows(folder)
@@ -164,7 +201,21 @@ def test_what_a_run_leaves(start, capsys):
     assert summary["first_greedy"] == first["held_out_greedy"] and summary["kl"] == last["held_out_kl"], summary
     assert f"KL {summary['kl']:.2f} nats" in said.splitlines()[-1] or f"KL {summary['kl']:.2f}" in said, said
     assert {"reward", "length", "useful"} <= {*next(row for row in told if row["step"] == 1)}, "numbers of a step"
-    assert summary["steps"] == 2 and summary["seconds"] > 0 and math.isfinite(summary["tax"]), summary
+    assert summary["steps"] == 2 and summary["seconds"] > 0 and summary["corpus"] == place, summary
+    held_out = tasks.make(tasks.words(little.text()), "words", 9)
+    assert len(asked) == 2 and all(records == held_out for records in asked), "not looked at on new words"
+    models = open_model("little"), open_model("left")
+    before, after = (text_loss(each.model, each.tokenizer, place) for each in models)
+    assert summary["tax"] == pytest.approx(after - before, abs=1e-6) and abs(after - before) > 1e-4, (
+        f"the tax is told as {summary['tax']:.5f}: the loss on the text was {before:.5f} and is {after:.5f}")
+
+
+def test_the_text_that_was_really_there_is_told(start, no_figures, monkeypatch):
+    """Where no text was asked for, and the usual one cannot be had, the result names the one in its place."""
+    monkeypatch.setattr(learn.corpus, "load", lambda name=None: Corpus("python-docs", little.text()))
+    assert grpo.main([*FLAGS, *METHODS["grpo"][1], "--name", "offline", "--steps", "1"]) is None
+    folder = learn.run_folder(grpo.__file__, "offline")
+    assert json.loads((folder / "summary.json").read_text("utf-8"))["corpus"] == "python-docs"
 
 
 def test_dpo_learns_from_a_file_of_pairs(start, made, no_figures):
@@ -188,6 +239,7 @@ def test_dpo_learns_from_a_file_of_pairs(start, made, no_figures):
         ("dpo", ["--data", "bad.jsonl"], "bad.jsonl, line 3"), ("dpo", ["--beta", "0"], "beta 0"),
         ("grpo", ["--steps", "0"], "steps is 0"), ("grpo", ["--warmup", "-1"], "warmup is -1"),
         ("grpo", ["--questions", "31"], "31 of 30 records"), ("ppo", ["--kl-target", "0"], "kl_target is 0"),
+        ("ppo", ["--name", "judge"], "judge's own name"), ("ppo", ["--judge", "foreign"], "another tokenizer"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_one_line(method, words, message, start, made, no_figures):
@@ -200,16 +252,17 @@ def test_bad_input_is_told_in_one_line(method, words, message, start, made, no_f
 
 
 def test_a_missing_judge_is_trained_first(made, tmp_path, monkeypatch):
-    """The judge "reward" is trained where there is none, for the same policy and text; another name is refused."""
+    """The judge "reward" is trained where there is none, or an unfinished one, for the same policy and text."""
     asked = []
     monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    shutil.copytree(made / "out" / "judge", tmp_path / "reward")  # without a result: it was stopped
 
     def trained(flags):
         asked.append(flags)
-        shutil.copytree(made / "out" / "judge", tmp_path / "reward")
+        (tmp_path / "reward" / "summary.json").touch()
 
     monkeypatch.setattr(ppo.reward, "main", trained)
-    args = learn.argparse.Namespace(judge="reward", policy="mine", device="cpu", corpus="text.txt")
+    args = Namespace(judge="reward", policy="mine", device="cpu", corpus="text.txt")
     for _ in range(2):
         judge = ppo.open_judge(args, "cpu")
         assert judge.model.head.weight.shape[0] == 1, "no reward model"
@@ -245,6 +298,42 @@ def test_an_update_by_hand():
         model.weight.grad = torch.zeros(1, 2)
         update(model, optimizer, RLConfig(warmup=4), at)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (at + 1) / 4), f"the rate of step {at + 1}"
+
+
+def test_what_is_made_and_what_is_kept(tmp_path, monkeypatch, capsys):
+    """A finished run is kept; it is made again for other flags or on demand; one that was stopped goes on."""
+    monkeypatch.setenv("STAGES_OUT", str(tmp_path))
+    called, args = [], Namespace(device="cpu", again=False)
+
+    def method(words, code=None):
+        called.append(words)
+        folder = tmp_path / "a"
+        folder.mkdir(exist_ok=True)
+        given = dict(zip(words[::2], words[1::2], strict=False)) if "--resume" not in words else None
+        if given is not None:
+            config = {"beta": float(given["--beta"]), "corpus": None, "eval_every": int(given["--eval-every"])}
+            (folder / "config.json").write_text(json.dumps(config | {"more": 1}), encoding="utf-8")
+        (folder / "model.pt").touch()
+        if code:
+            (folder / "summary.json").unlink(missing_ok=True)
+            return code
+        (folder / "summary.json").write_text('{"tax": 1}', encoding="utf-8")
+
+    flags = {"beta": 0.2, "corpus": None, "eval_every": 5}
+    assert learn.finish(method, "a", flags, args) == {"tax": 1} and "\na\n" in capsys.readouterr().out
+    assert called == [["--name", "a", "--device", "cpu", "--beta", "0.2", "--eval-every", "5"]], (
+        f"{called}: all flags are given but those that are none")
+    assert learn.finish(method, "a", flags, args) == {"tax": 1} and len(called) == 1, "a finished run is made again"
+    learn.finish(method, "a", flags | {"beta": 0.5}, args)
+    assert len(called) == 2, "a run with another beta is taken for this one"
+    learn.finish(method, "a", flags | {"beta": 0.5}, Namespace(device="cpu", again=True))
+    assert len(called) == 3 and "--resume" not in called[2], "--again keeps what is there"
+    assert learn.finish(lambda words: method(words, 130), "a", flags, args) is None, "a stopped run has no summary"
+    assert learn.finish(method, "a", flags, args) == {"tax": 1}
+    assert called[4] == ["--name", "a", "--device", "cpu", "--resume"], f"{called[4]}: the stopped run does not go on"
+    learn.finish(lambda words: method(words, 130), "a", flags | {"beta": 0.7}, args)
+    learn.finish(method, "a", flags, args)
+    assert "--resume" not in called[6], "a stopped run with other flags goes on as if it were this one"
 
 
 def test_each_step_has_random_numbers_of_its_own():

@@ -14,7 +14,8 @@ import pipeline
 import ppo
 import tasks
 from chat import form, open_model
-from learn import RLConfig, generator
+from grpo import GRPOConfig
+from learn import RLConfig, arguments, generator
 from model import GPT, ModelConfig
 from rollout import log_probs, rollout
 from tokenizer import CharTokenizer
@@ -35,19 +36,22 @@ def ways(monkeypatch, tmp_path):
     checkpoint.save(tmp_path / "base" / "model.pt", model, tokenizer, optimizer={}, step=0, seconds=0.0, args={})
     called = []
 
-    def make(name, std):
-        def way(flags):
-            called.append((name, flags))
-            folder, found = run_folder(pipeline.__file__, name), open_model("little")
+    def make(recipe, std, add=lambda parser: None):
+        def way(words):
+            args, _ = arguments(words, type(recipe), "", "none", add)
+            called.append(args)
+            folder, found = run_folder(pipeline.__file__, args.name), open_model("little")
             folder.mkdir(parents=True, exist_ok=True)
             model = little.neighbour(found, std)
             checkpoint.save(folder / "model.pt", model, found.tokenizer, **form(found), optimizer={}, step=0,
                             seconds=0.0, args={})
+            (folder / "config.json").write_text(json.dumps(vars(args)), "utf-8")
             (folder / "summary.json").write_text(json.dumps({"seconds": 9.0}), "utf-8")
 
-        return way
+        return way, recipe
 
-    monkeypatch.setattr(pipeline, "WAYS", {"grpo": (make("grpo", 0.0), []), "ppo": (make("ppo", 0.1), ["--beta", "1"])})
+    ppo_way = make(ppo.PPOConfig(beta=1.0), 0.1, lambda parser: parser.add_argument("--judge"))
+    monkeypatch.setattr(pipeline, "WAYS", {"grpo": make(GRPOConfig(), 0.0), "ppo": ppo_way})
     return called
 
 
@@ -59,9 +63,8 @@ def flags(tmp_path):
 def test_each_way_is_made_once_and_told(ways, flags, tmp_path, capsys):
     """Each way runs under its own name with its own flags, is kept the next time, and has a row beside the others."""
     assert pipeline.main(["--only", "grpo", "ppo", *flags]) is None
-    place = str(tmp_path / "text.txt")
-    assert ways[0] == ("grpo", ["--policy", "little", "--corpus", place, "--name", "grpo", "--device", "cpu"]), (
-        "a way does not get its policy, its name or the text")
+    told = {"policy": "little", "corpus": str(tmp_path / "text.txt"), "name": "grpo", "device": "cpu", "records": 4000}
+    assert told.items() <= vars(ways[0]).items(), "a way does not get its policy, its name or the text"
     rows = json.loads((tmp_path / "pipeline" / "summary.json").read_text("utf-8"))["rows"]
     assert [row["model"] for row in rows] == ["base", "policy", "grpo", "ppo"], "a row for each model, in their order"
     assert [row["seconds"] for row in rows] == [None, None, 9.0, 9.0], "seconds are those of learning"
@@ -75,13 +78,18 @@ def test_each_way_is_made_once_and_told(ways, flags, tmp_path, capsys):
     assert len(ways) == 2, "what was made before is made again without --again"
     pipeline.main(["--only", "grpo", "--again", *flags])
     assert len(ways) == 3, "--again keeps what was made before"
+    file = tmp_path / "grpo" / "config.json"
+    for count, changed in enumerate(({"policy": "another"}, {"lr": 1.0}), 4):
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changed), "utf-8")
+        pipeline.main(["--only", "grpo", *flags])
+        assert len(ways) == count, f"a run with {changed} is taken for one of the pipeline"
 
 
 def test_what_is_looked_at(ways, flags, tmp_path):
     """Scores are of drawn answers to new words, in spreads of the policy's own; the KL is from the policy."""
     pipeline.main(["--only", "ppo", *flags])
     told = json.loads((tmp_path / "pipeline" / "summary.json").read_text("utf-8"))["rows"][-1]
-    assert ways[0][1][:4] == ["--beta", "1", "--judge", "judge"], "PPO does not get its own flags and its judge"
+    assert (ways[0].beta, ways[0].judge) == (1.0, "judge"), "PPO does not get its own recipe and its judge"
     known = tasks.words(corpus.load(flags[5]).text)
     policy, judge, tuned = (open_model("little"), ppo.reward.load(tmp_path / "judge" / "model.pt", "cpu"),
                             open_model("ppo"))
@@ -100,6 +108,6 @@ def test_what_is_looked_at(ways, flags, tmp_path):
 
 def test_a_stopped_way_stops_all(ways, flags, monkeypatch, tmp_path):
     """Where a way was stopped by Ctrl-C there is nothing to compare: the exit code is 130, and no table is written."""
-    monkeypatch.setitem(pipeline.WAYS, "grpo", (lambda flags: 130, []))
+    monkeypatch.setitem(pipeline.WAYS, "grpo", (lambda words: 130, GRPOConfig()))
     assert pipeline.main(["--only", "grpo", "ppo", *flags]) == 130, "after a stopped way the others go on"
     assert not ways and not (tmp_path / "pipeline").exists(), "a table of ways that were not made"

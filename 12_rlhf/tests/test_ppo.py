@@ -276,6 +276,40 @@ def test_each_pass_sees_every_answer_once(opened, monkeypatch):
     assert passes[0] != passes[1], "both passes in the same order"
 
 
+def test_a_guess_is_held_near_the_one_before_the_step(opened, monkeypatch):
+    """In every pass a guess is held near that of the critic when the answers were drawn, and not near its last one."""
+    run, critic = start(opened, lr=0.05, epochs=3)
+    seen = []
+
+    def watched(guess, old, *more):
+        seen.append((guess.detach().clone(), old.clone()))
+        return value_loss(guess, old, *more)
+
+    monkeypatch.setattr(script, "value_loss", watched)
+    first = little.critic(opened)
+    script.ppo_step(run, critic, 0.1, RECORDS, some_rewards, 3)
+    drawn = rollout(opened, ASKED, 6, generator=generator(run.config, 3))
+    with torch.no_grad():
+        expected = torch.cat([guesses_alone(first, opened, drawn, i) for i in range(6)]).sort().values
+    for _, old in seen:
+        torch.testing.assert_close(
+            old[old != 0].sort().values, expected, rtol=1e-8, atol=1e-9,
+            msg="the old guess is one of the critic that learns: it has hardly moved from there, and no clip holds it")
+    assert len(seen) == 3 and (seen[2][0] - seen[2][1]).abs().max() > 0.05, "the test needs a critic that moves"
+
+
+def test_a_critic_that_breaks_is_told(opened):
+    """A gradient of the critic that is infinite or nan is refused, and the learning rate that is the critic's named."""
+    run, critic = start(opened)
+    before = copies(run.policy.model)
+    with torch.no_grad():
+        critic.head.weight.fill_(math.nan)
+    with pytest.raises(BadInput, match="the critic's gradient is nan at step 4: lower --value-lr"):
+        script.ppo_step(run, critic, 0.1, RECORDS, some_rewards, 3)
+    for name, p in run.policy.model.named_parameters():
+        assert torch.equal(p, before[name]), f"{name} of the policy moved"
+
+
 def test_the_reference_stays(opened):
     """After steps with all that PPO has, the reference has the weights that it had."""
     run, critic = start(opened, lr=0.1, epochs=3, minibatch=4)
@@ -307,7 +341,9 @@ def test_rewards_begin_around_0_with_size_1(opened):
     [({"gamma": 1.1}, "gamma 1.1"), ({"lam": -0.1}, "lam -0.1"), ({"epochs": 0}, "epochs"), ({"minibatch": 0}, "minib"),
      ({"questions": 0}, "questions"), ({"kl_target": 0.0}, "kl_target is 0"), ({"value_lr": -1.0}, "value_lr is -1"),
      ({"value_clip": 0.0}, "value_clip is 0"), ({"clip_ratio": -0.1}, "clip_ratio is -0.1"),
-     ({"beta": -0.1}, "beta is -0.1"), ({"temperature": 0.0}, "temperature"), ({"lr": math.nan}, "lr is nan")],
+     ({"beta": -0.1}, "beta is -0.1"), ({"temperature": 0.0}, "temperature"), ({"lr": math.nan}, "lr is nan"),
+     ({"entropy": math.nan}, "entropy is nan"), ({"entropy": math.inf}, "entropy is inf"),
+     ({"beta": 0.0, "kl_target": 2.0}, "beta is 0 and kl_target 2.0")],
     ids=str,
 )  # fmt: skip
 def test_recipes_that_cannot_run(changes, message):

@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(little.text(), encoding="utf-8")
     step = grpo.grpo_step  # a random policy is never right: here it is paid for letters that are late in the alphabet
     monkeypatch.setattr(grpo, "grpo_step", lambda *args: step(*args, rewards=lambda _, d: d.answers.float().mean(1)))
-    monkeypatch.setattr(dpo, "own_pairs", lambda policy, records, seed: corrupted(records, seed=seed))
+    monkeypatch.setattr(dpo, "own_pairs", lambda policy, records, temperature, seed: corrupted(records, seed=seed))
     monkeypatch.setattr(learn, "draw", lambda *args: None)
     recipes = {"DPO": dpo.DPOConfig(batch_size=3, **SMALL), "PPO": ppo.PPOConfig(questions=6, minibatch=4, **SMALL),
                "GRPO": grpo.GRPOConfig(questions=3, group=4, **SMALL)}  # fmt: skip
@@ -117,42 +117,6 @@ def test_the_judge_in_units_of_the_policys_own_answers(place, monkeypatch):
     talks = [[*records[i]["messages"][:-1], {"role": "assistant", "content": drawn.texts[i]}] for i in (3, 17)]
     raw = reward.scores(judge, talks)
     assert (told[3] - told[17]).sign() == (raw[0] - raw[1]).sign(), "the order of the scores has changed"
-
-
-def test_what_is_made_and_what_is_kept(tmp_path, monkeypatch, capsys):
-    """A finished run is kept; it is made again for other flags or on demand; one that was stopped goes on."""
-    monkeypatch.setenv("STAGES_OUT", str(tmp_path))
-    called, args = [], Namespace(device="cpu", again=False)
-
-    def method(words, code=None):
-        called.append(words)
-        folder = tmp_path / "a"
-        folder.mkdir(exist_ok=True)
-        given = dict(zip(words[::2], words[1::2], strict=False)) if "--resume" not in words else None
-        if given is not None:
-            config = {"beta": float(given["--beta"]), "corpus": None, "eval_every": int(given["--eval-every"])}
-            (folder / "config.json").write_text(json.dumps(config | {"more": 1}), encoding="utf-8")
-        (folder / "model.pt").touch()
-        if code:
-            (folder / "summary.json").unlink(missing_ok=True)
-            return code
-        (folder / "summary.json").write_text('{"tax": 1}', encoding="utf-8")
-
-    flags = {"beta": 0.2, "corpus": None, "eval_every": 5}
-    assert compare.finish(method, "a", flags, args) == {"tax": 1} and "\na\n" in capsys.readouterr().out
-    assert called == [["--name", "a", "--device", "cpu", "--beta", "0.2", "--eval-every", "5"]], (
-        f"{called}: all flags are given but those that are none")
-    assert compare.finish(method, "a", flags, args) == {"tax": 1} and len(called) == 1, "a finished run is made again"
-    compare.finish(method, "a", flags | {"beta": 0.5}, args)
-    assert len(called) == 2, "a run with another beta is taken for this one"
-    compare.finish(method, "a", flags | {"beta": 0.5}, Namespace(device="cpu", again=True))
-    assert len(called) == 3 and "--resume" not in called[2], "--again keeps what is there"
-    assert compare.finish(lambda words: method(words, 130), "a", flags, args) is None, "a stopped run has no summary"
-    assert compare.finish(method, "a", flags, args) == {"tax": 1}
-    assert called[4] == ["--name", "a", "--device", "cpu", "--resume"], f"{called[4]}: the stopped run does not go on"
-    compare.finish(lambda words: method(words, 130), "a", flags | {"beta": 0.7}, args)
-    compare.finish(method, "a", flags, args)
-    assert "--resume" not in called[6], "a stopped run with other flags goes on as if it were this one"
 
 
 def test_all_ways_are_measured_alike_and_kept(place, flags, capsys):

@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-from pathlib import Path
 
 from shared.errors import BadInput
 
@@ -164,18 +163,10 @@ def test_an_interrupt_keeps_the_adapter(place, monkeypatch, capsys):
 
 
 def test_what_is_missing_is_named(place, monkeypatch):
-    """Without pairs the line names --data; sizes that cannot be are refused before anything is tuned."""
-    for folder in (None, str(place / "nowhere")):
-        if folder is None:
-            monkeypatch.delenv("STAGES_DATA", raising=False)
-        else:
-            monkeypatch.setenv("STAGES_DATA", folder)
-        with pytest.raises(BadInput, match="--data"):
-            real.main(QUICK)
-    file = place / "preferences.json"
-    file.write_bytes((place / "pairs.json").read_bytes())
-    monkeypatch.setenv("STAGES_DATA", str(place))
-    assert real.find(None) == file and real.find(Path("other.jsonl")) == Path("other.jsonl")
+    """Without --data the published pairs are asked for; what cannot be is refused before anything is tuned."""
+    monkeypatch.setattr(real.corpus, "records", lambda name: {"preferences": place / "pairs.json"}[name])
+    with pytest.raises(BadInput, match="other.jsonl"):
+        real.main([*QUICK, "--data", "other.jsonl"])
     for flag, value, said in (
         ("--steps", "0", "steps"), ("--rank", "0", "rank"), ("--alpha", "-1", "alpha"), ("--shown", "0", "--shown"),
         ("--length", "0", "length"), ("--lr", "0", "lr"), ("--batch-size", "99", "do not fill"),

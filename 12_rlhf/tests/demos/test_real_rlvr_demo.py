@@ -52,7 +52,7 @@ def opened():
 def place(tmp_path, monkeypatch):
     """A folder of runs with the small model in it, and other instructions beside it."""
     monkeypatch.setenv("STAGES_OUT", str(tmp_path / "runs"))
-    monkeypatch.setenv("STAGES_DATA", str(tmp_path))
+    monkeypatch.setattr(rlvr.corpus, "records", lambda name: tmp_path / f"{name}.json")
     opened = small(0.2)
     (tmp_path / "runs" / "small").mkdir(parents=True)
     file = tmp_path / "runs" / "small" / "model.pt"
@@ -359,7 +359,7 @@ def test_an_interrupt_keeps_the_adapter(place, monkeypatch, capsys):
     assert not (place / "runs" / "rlvr" / "summary.json").exists(), "a run that was stopped has a summary"
 
 
-def test_what_cannot_be_is_refused(place, monkeypatch):
+def test_what_cannot_be_is_refused(place, monkeypatch, capsys):
     """Sizes that cannot be are refused in one line; without other instructions a run goes on without them."""
     for flag, value, told in (
         ("--steps", "0", "steps"), ("--group", "1", "group"), ("--questions", "0", "questions"),
@@ -371,6 +371,11 @@ def test_what_cannot_be_is_refused(place, monkeypatch):
             rlvr.main([*QUICK, flag, value])
     opened = open_model("small")
     assert len(rlvr.others(opened, 5)) == 5 and len(rlvr.others(opened, 50)) == 7 and not rlvr.others(opened, 0)
-    monkeypatch.delenv("STAGES_DATA")
-    assert rlvr.others(opened, 5) == [], "no folder of data, and instructions all the same"
+
+    def offline(name):
+        raise BadInput("no network")
+
+    monkeypatch.setattr(rlvr.corpus, "records", offline)
+    assert rlvr.others(opened, 5) == [], "what is no part of the lesson ends it"
+    assert "not measured: no network" in capsys.readouterr().out, "a number is left out, and nobody is told"
     assert rlvr.quicker(torch.device("cpu")) in ("float32", "bfloat16")
