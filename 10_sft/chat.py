@@ -82,13 +82,24 @@ def form(opened: hf.Opened) -> dict:
     return {"template": opened.template, "names": opened.names, "ends": sorted(opened.ends)}
 
 
+def run_file(name: str | Path) -> Path | None:
+    """The checkpoint of the run `name` of this stage; None where there is none."""
+    file = run_folder(__file__, str(name)) / "model.pt" if Path(name).name == str(name) else None
+    return file if file is not None and file.is_file() else None
+
+
+def run_flags(name: str | Path) -> dict:
+    """The flags that the run `name` was made with; {} where there is no such run."""
+    file = run_file(name)
+    return checkpoint.read(file)["args"] if file else {}
+
+
 def open_model(name: str | Path, device="cpu") -> hf.Opened:
     """A run of this stage by its name, or what `hf.load` opens.
 
     Raises BadInput where there is neither, and for a model that has no chat template.
     """
-    file = run_folder(__file__, str(name)) / "model.pt" if Path(name).name == str(name) else None
-    if file is not None and file.is_file():
+    if file := run_file(name):
         return ours(*checkpoint.load(file, device))
     if name == "default" and not Path(name).exists():
         raise BadInput("there is no tuned model yet: run " + command(Path(__file__).parent.name, "sft.py"))

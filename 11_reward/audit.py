@@ -111,7 +111,9 @@ def padding_error(opened: Opened, pairs: list[dict]) -> float:
 def coin(policy: Opened, pairs: list[dict], test: list[dict], config: reward.RewardConfig) -> float:
     """The share of test pairs that a model ranks right which was trained on labels drawn by coin."""
     opened = reward.judge(policy, config.both_ways)
-    rows = reward.encode(opened, [talk for each in flip(pairs, 0.5, config.seed) for talk in both(each)])
+    # A seed of its own: where pairs were flipped with config.seed before, the same ones would be flipped back.
+    tossed = flip(pairs, 0.5, f"{config.seed} coin")
+    rows = reward.encode(opened, [talk for each in tossed for talk in both(each)])
     with progress(config.steps, "learning from coins") as bar:
         for step, loss in reward.fit(opened.model, list(zip(rows[0::2], rows[1::2], strict=True)), config):
             bar.update(step, loss=loss)

@@ -1,6 +1,6 @@
 """How good are a tuned model's answers? Against the right ones, by family, and what tuning cost.
 
-    uv run python evaluate.py                                   # the run "default" of sft.py
+    uv run python evaluate.py                                   # the run "default" of sft.py, on its own test sets
     uv run python evaluate.py --model smollm2 --count 180       # a real model on the same tasks
 
 - exact match: the share of answers that are right to the last character, with a 95 % interval.
@@ -25,7 +25,7 @@ import torch
 
 import tasks
 import train
-from chat import conversation, open_model, prompt, said
+from chat import conversation, open_model, prompt, run_flags, said
 from data import apart, collate, encode, read_records, split
 from hf import Opened
 from sample import SampleConfig, pad_left, sample
@@ -94,7 +94,7 @@ def answer_log_probs(opened: Opened, talks: list[list[dict]], rows: int = 32):
 
 
 def choose(opened: Opened, records: list[dict], n: int = 4) -> float:
-    """The share of records whose answer is likelier than those of n - 1 others of the same family.
+    """The share of records whose answer is likelier than those of n - 1 others of the same family. A tie is wrong.
 
     Wrong ones as long as the right one come first: a longer text is less likely for its length alone.
     """
@@ -113,7 +113,8 @@ def choose(opened: Opened, records: list[dict], n: int = 4) -> float:
                 counted += 1
                 talks += [[*messages[:-1], {"role": "assistant", "content": text}] for text in (gold, *others[:n - 1])]
     if counted:
-        right = (answer_log_probs(opened, talks).view(counted, n).argmax(1) == 0).sum().item()
+        found = answer_log_probs(opened, talks).view(counted, n)
+        right = (found[:, 0] > found[:, 1:].amax(1)).sum().item()  # argmax would find the first of equal ones, and nan
     return right / counted if counted else math.nan
 
 
@@ -137,7 +138,16 @@ def score(opened: Opened, records: list[dict], length: int = 40) -> list[dict]:
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("exact", "f1", "ended")}
     # The families are independent: the variance of the mean is the mean of the variances, divided by their number.
     spread = 1.96 * math.sqrt(sum(((row["high"] - row["low"]) / 3.92) ** 2 for row in rows)) / len(rows)
-    return [*rows, {"family": "mean", "low": mean["exact"] - spread, "high": mean["exact"] + spread, **mean}]
+    low, high = max(0.0, mean["exact"] - spread), min(1.0, mean["exact"] + spread)
+    return [*rows, {"family": "mean", "low": low, "high": high, **mean}]
+
+
+def text_of(name: str, given: str | None) -> str:
+    """The name of the text that goes with the run `name`: the given one, or the run's own, or the default.
+
+    Without a network the default is another text than with one: what it is now belongs in the record.
+    """
+    return corpus.load(given or run_flags(name).get("corpus")).name
 
 
 def text_loss(model, tokenizer, name: str | None = None) -> float:
@@ -151,21 +161,28 @@ def main(argv=None):
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="a run of sft.py, or what hf.py opens (default: default)")
     parser.add_argument("--data", help="a file of records (default: the test sets of tasks.py)")
-    parser.add_argument("--corpus", help="where the tasks' words are from (default: shakespeare)")
+    parser.add_argument("--corpus", help="where the tasks' words are from (default: the run's, or shakespeare)")
+    parser.add_argument("--families", nargs="+", default=list(tasks.PRACTICE), help="default: the run's, or all")
+    parser.add_argument("--digits", type=int, default=2, help="of the longest numbers (default: the run's, or 2)")
     parser.add_argument("--count", type=int, default=900, help="records of each test set (default: 900)")
     parser.add_argument("--length", type=int, default=40, help="most tokens of an answer (default: 40)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--seed", type=int, default=1337, help="of the test sets (default: the run's, or 1337)")
+    # The seed of a run decided which words it was trained on: with another one, the test would ask for them.
+    own = run_flags(parser.parse_args(argv).model)
+    if "families" in own:  # a run of sft.py
+        parser.set_defaults(**{name: own[name] for name in ("corpus", "families", "digits", "seed")})
     args = parser.parse_args(argv)
-    if min(args.count, args.length) < 1:
-        raise BadInput("--count and --length must be at least 1")
+    if min(args.count, args.length, args.digits) < 1:
+        raise BadInput("--count, --length and --digits must be at least 1")
     device = setup(args.device, args.seed)
     opened = open_model(args.model, device)
     if args.data is not None:
         sets = {args.data: read_records(args.data)}
     else:
         known = tasks.words(corpus.load(args.corpus).text)
-        sets = {name: tasks.make(known, name, args.count, seed=args.seed) for name in tasks.SETS[1:]}
+        families = tuple(args.families)
+        sets = {name: tasks.make(known, name, args.count, families, args.seed, args.digits) for name in tasks.SETS[1:]}
     for name, records in sets.items():
         table(name, score(opened, records, args.length))
         say(f"choice of four: {choose(opened, records):.3f}")

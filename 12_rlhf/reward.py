@@ -39,7 +39,7 @@ import hf
 import sft
 import train
 from chat import form, ours, prompt
-from evaluate import interval
+from evaluate import interval, text_of
 from look import Look
 from model import GPT, ModelConfig
 from preferences import KINDS, both, make_pairs, open_policy, read_pairs
@@ -240,7 +240,7 @@ def arguments(argv):
     parser.add_argument("--name", default="reward", help="the run's folder under out/ (default: reward)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--board", choices=BOARDS, help="show the metrics there too (default: none)")
-    options.add(parser, RewardConfig, sft.SKIP)
+    options.add(parser, RewardConfig, (*sft.SKIP, "micro_batch"))
     return parser.parse_args(argv)
 
 
@@ -267,6 +267,8 @@ def main(argv=None):
         raise BadInput(f"--name {args.name} is the policy's own name: choose another")
     if args.data is not None:
         read_pairs(args.data)  # a bad record is said before a policy is tuned
+    else:
+        args.corpus = text_of(args.policy, args.corpus)
     device = setup(args.device, config.seed)
     policy = open_policy(args, device)
     pairs, held_out = make_pairs(args, policy)
@@ -285,15 +287,15 @@ def main(argv=None):
                     log.metrics(step, **{row["pairs"]: row["right"] for row in report(opened, held_out)})
         save(log.folder / "model.pt", opened, args=vars(args))
         log.keep()
+        if step < config.steps:  # without a summary: nobody takes this judge for a finished one
+            say(f"stopped at step {step}, and saved as it is in {log.folder}: it is not finished")
+            return 130
         found = report(opened, held_out)
         log.metrics(step, **{row["pairs"]: row["right"] for row in found})
         table("held-out pairs ranked right", found)
         draw(read_metrics(log.folder), log)
-        log.finish(corpus=args.corpus or "shakespeare", steps=step, seconds=time.perf_counter() - begin,
+        log.finish(corpus=args.corpus, steps=step, seconds=time.perf_counter() - begin,
                    **{f"right_{row['pairs']}": row["right"] for row in found})
-    if step < config.steps:
-        say(f"stopped at step {step}, and saved as it is in {log.folder}")
-        return 130
     say(f"saved in {log.folder}; look at it with " + command(log.stage, "audit.py", "--name", args.name))
 
 

@@ -14,6 +14,7 @@ import math
 import random
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,9 @@ import checkpoint
 import hf
 import tasks
 import train
-from chat import conversation, form, ours, with_tags
+from chat import conversation, form, ours, run_file, with_tags
 from data import Batch, Example, apart, collate, read_records
-from evaluate import score, text_loss
+from evaluate import score, text_loss, text_of
 
 # What train.py is told for the base that this stage trains. Four heads add numbers better than two.
 BASE = ["--n-expert", "0", "--n-head", "4", "--n-kv-head", "4", "--steps", "600"]
@@ -164,18 +165,22 @@ def open_base(args, device) -> hf.Opened:
 
     The run "base" is trained where there is none, or trained on where it was stopped.
     """
-    folder = run_folder(__file__, args.base) if Path(args.base).name == args.base else None
+    folder = run_folder(__file__, "base")
     if args.base == "base" and not (folder / "summary.json").is_file():
         flags = [*BASE, "--name", "base", "--device", args.device, *(["--corpus", args.corpus] if args.corpus else [])]
         stopped = (folder / "model.pt").is_file()
         say("first a base: " + command(Path(__file__).parent.name, "train.py", *flags))
-        if train.main(["--resume", "--name", "base"] if stopped else flags):
+        # The training takes random numbers. What is drawn later, new tokens' vectors, must not depend on it.
+        with torch.random.fork_rng(devices=[]):
+            left = train.main(["--resume", "--name", "base"] if stopped else flags)
+        if left:
             sys.exit(130)
-    if folder is not None and (folder / "model.pt").is_file():
-        model, tokenizer, state = checkpoint.load(folder / "model.pt", device)
-        if args.corpus and state["args"].get("corpus") not in (None, args.corpus):
-            raise BadInput(f"the base {args.base} was trained on {state['args']['corpus']}: for {args.corpus}, train "
-                           "another with train.py --n-expert 0 --name NAME, and say --base NAME")
+    if file := run_file(args.base):
+        model, tokenizer, state = checkpoint.load(file, device)
+        own = state["args"].get("corpus")
+        if args.corpus and own not in (None, corpus.load(args.corpus).name):
+            raise BadInput(f"the base {args.base} was trained on {own}: give that as --corpus, or train another on "
+                           f"{args.corpus} with train.py --n-expert 0 --name NAME, and say --base NAME")
         if "template" in state:
             return ours(model, tokenizer, state)
         return hf.Opened(model, tokenizer)
@@ -190,12 +195,16 @@ def prepare(args) -> tuple[list[dict], dict[str, list[dict]]]:
         known = tasks.words(corpus.load(args.corpus).text)
         make = partial(tasks.make, known, families=tuple(args.families), seed=args.seed, digits=args.digits)
         return make("train", args.records), {name: make(name, args.test) for name in tasks.SETS[1:]}
-    records = read_records(args.data)
-    random.Random(args.seed).shuffle(records)
-    cut = max(1, len(records) // 10)
-    if len(records) < 2:
-        raise BadInput(f"{args.data} has one record: one is held out, so there must be more")
-    return records[cut:], {"held out": records[:cut]}
+    groups = defaultdict(list)  # a question that is asked twice is trained on or held out, and never both
+    for record in read_records(args.data):
+        groups[str(record["messages"][:-1])].append(record)
+    parts = list(groups.values())
+    random.Random(args.seed).shuffle(parts)
+    cut = max(1, len(parts) // 10)
+    if len(parts) < 2:
+        raise BadInput(f"{args.data} has one question: one is held out, so there must be more")
+    held_out, training = (list(itertools.chain.from_iterable(part)) for part in (parts[:cut], parts[cut:]))
+    return training, {"held out": held_out}
 
 
 def fitting(opened: hf.Opened, records: list[dict], what: str) -> list[Example]:
@@ -258,11 +267,13 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if not args.resume:
         return args, None
-    saved = model, tokenizer, state = checkpoint.load(run_folder(__file__, args.name) / "model.pt")
+    folder = run_folder(__file__, args.name)
+    saved = *_, state = checkpoint.load(folder / "model.pt")
     if "template" not in state:
         raise BadInput(f"the run {args.name} is a base's: --resume goes on with a run of this script")
     args = options.resume(parser, argv, state["args"], free=("steps", "eval_every", "device", "board"))
-    if state["step"] >= args.steps:
+    # A run that was ended by force behind its last step still has to be scored.
+    if state["step"] >= args.steps and (folder / "summary.json").is_file():
         raise BadInput(f"the run {args.name} has finished its {state['step']} steps: to go on, give it more --steps")
     return args, saved
 
@@ -275,6 +286,7 @@ def main(argv=None):
     if min(args.records, args.test, args.digits) < 1:
         raise BadInput("--records, --test and --digits must be at least 1")
     device = setup(args.device, config.seed)
+    args.corpus = text_of(args.base, args.corpus)
     records, held_out = prepare(args)  # a bad record is said before a base is trained
     opened = ours(*saved) if saved else open_base(args, device)
     if opened.template is None:  # a base: it gets the tags, and the characters of the records
@@ -287,7 +299,9 @@ def main(argv=None):
     optimizer, state = train.make_optimizer(model, config), saved[-1] if saved else {"step": 0, "seconds": 0.0}
     if saved:
         optimizer.load_state_dict(state["optimizer"])
-    known = state["text_loss"] if saved else text_loss(model, opened.tokenizer, args.corpus)  # of the base
+    known = state["text_loss"] if saved else None  # of the base
+    if not saved and run_file(args.base):  # of no other model: its windows may be too long for the memory
+        known = text_loss(model, opened.tokenizer, args.corpus)
     say(f"{len(examples):,} conversations with {sum(sum(each.learned) for each in examples):,} answer tokens, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -297,7 +311,7 @@ def main(argv=None):
 
         def keep():
             run = {"optimizer": optimizer.state_dict(), "step": step, "seconds": time.perf_counter() - begin}
-            run["text_loss"] = known
+            run |= {"text_loss": known, "before": before}
             checkpoint.save(log.folder / "model.pt", model, opened.tokenizer, **run, **form(opened), args=flags)
             log.keep()
 
@@ -306,7 +320,7 @@ def main(argv=None):
             log.metrics(step, **losses)
             return losses
 
-        before = look()
+        before = state["before"] if saved else look()
         stream = passes(examples, config, step)
         with progress(config.steps, "tuning") as bar:
             for step, loss in tune(model, stream, config, optimizer, state["step"], lambda: interrupt.asked):
@@ -326,15 +340,16 @@ def main(argv=None):
         scores = {} if args.data else {name: score(opened, part) for name, part in held_out.items()}
         for name, rows in scores.items():
             table(f"new {name}", rows)
-        tax = text_loss(model, opened.tokenizer, args.corpus) - known
+        tax = None if known is None else text_loss(model, opened.tokenizer, args.corpus) - known
         draw(read_metrics(log.folder), scores, log)
         log.finish(
-            corpus=args.corpus or "shakespeare", seed=config.seed, steps=config.steps, seconds=seconds, tax=tax,
+            corpus=args.corpus, seed=config.seed, steps=config.steps, seconds=seconds, tax=tax,
             **{f"loss_{name.replace(' ', '_')}": loss for name, loss in after.items()},
             **{f"exact_{name}": rows[-1]["exact"] for name, rows in scores.items()},
         )
-    say(f"on the text of the base, the loss rose by {tax:.3f} nats per character; saved in {log.folder}")
-    say("talk to it: " + command(log.stage, "chat.py", "--model", args.name))
+    if tax is not None:
+        say(f"on the text of the base, the loss rose by {tax:.3f} nats per character")
+    say(f"saved in {log.folder}; talk to it: " + command(log.stage, "chat.py", "--model", args.name))
 
 
 if __name__ == "__main__":

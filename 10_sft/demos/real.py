@@ -1,6 +1,6 @@
 """A real model learns a way of answering: LoRA on SmolLM2, with a thousand records, in a few minutes on a laptop.
 
-    uv run stages run 10 demos/real.py                                  # instructions.json, looked for in $STAGES_DATA
+    uv run stages run 10 demos/real.py                                  # 1,100 instructions, which are downloaded
     uv run stages run 10 demos/real.py --data my/records.jsonl --name mine
     uv run stages run 10 demos/real.py --four-bit --name four           # the base in four bits, as in QLoRA
 
@@ -14,7 +14,6 @@ before: what it learns is how these records answer, mostly in one short sentence
 The adapter is all that changes: a few percent of the model's size, in the form of PEFT, which other programs open.
 """
 
-import os
 import random
 import sys
 import time
@@ -24,7 +23,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from shared import options
+from shared import corpus, options
 from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput
@@ -69,16 +68,6 @@ class Real:
         )  # fmt: skip
 
 
-def find(data: Path | None) -> Path:
-    """The file of records: `data`, or instructions.json in the folder that STAGES_DATA names. Raises BadInput."""
-    if data is not None:
-        return data
-    file = Path(os.environ.get("STAGES_DATA", ""), "instructions.json").absolute()
-    if "STAGES_DATA" not in os.environ or not file.is_file():
-        raise BadInput("no records: give a file with --data, or a folder that has instructions.json with STAGES_DATA")
-    return file
-
-
 def divide(records: list[dict]) -> tuple[list[dict], list[dict]]:
     """Records to learn from, and a tenth that is held out, at random but always the same. Raises BadInput for one.
 
@@ -115,7 +104,7 @@ def draw(losses: list[float], before: float, after: float) -> Figure:
 def main(argv: list[str] | None = None):
     begin = time.perf_counter()
     parser = options.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="a file of records (default: instructions.json in $STAGES_DATA)")
+    parser.add_argument("--data", type=Path, help="a file of records (default: the published instructions.json)")
     parser.add_argument("--model", default="smollm2", help="a run of sft.py, or what hf.py opens (default: smollm2)")
     parser.add_argument("--four-bit", action="store_true", help="keep the matrices of the blocks in four bits")
     parser.add_argument("--name", default="real", help="the run's folder under out/ (default: real)")
@@ -125,7 +114,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     real, adapter = options.build(Real, args), options.build(lora.LoRAConfig, args)
     config, device = real.recipe(), setup(args.device, args.seed)
-    learn, held_out = divide(read_records(find(args.data)))
+    learn, held_out = divide(read_records(args.data or corpus.records("instructions")))
     opened = chat.open_model(args.model, device)
     model = opened.model
     examples, tests = sft.fitting(opened, learn, "training"), sft.fitting(opened, held_out, "held out")

@@ -2,6 +2,7 @@
 
     uv run stages run 10                                                       # a teacher, the run "default"
     uv run stages run 10 extras/distill.py --into out/texts.jsonl              # its answers, as records
+    uv run stages run 10 train.py --n-expert 0 --n-layer 2 --n-embd 64 --steps 600 --name small    # a smaller base
     uv run stages run 10 sft.py --data out/texts.jsonl --base small --name student
     uv run stages run 10 extras/distill.py --teacher smollm2 --data my/questions.jsonl --into out/texts.jsonl
 
@@ -67,7 +68,7 @@ def divergence(student, teacher, learned, temperature: float = 1.0, reverse: boo
 
     Scores [R, T, V] x 2, learned [R, T] -> []. Forward: sum_v p (ln p - ln q) with the teacher's p and the student's q;
     the student has to cover all that the teacher finds possible. Reverse: sum_v q (ln q - ln p); it may leave things
-    out, and must not claim what the teacher finds impossible (Gu et al., "MiniLLM", 2024).
+    out, and must not claim what the teacher finds impossible (Gu et al., "MiniLLM", 2023).
 
     With p = (3/4, 1/4) and q = (1/2, 1/2): forward 0.131, reverse 0.144.
 
@@ -82,7 +83,8 @@ def divergence(student, teacher, learned, temperature: float = 1.0, reverse: boo
 
 def scores(model, batch: Batch, precision: str = "float32"):
     """What the model gives each candidate for the token behind each token of the batch: [R, T, V]."""
-    plain = batch.part.max() == 0 and not mixtures(model)
+    # As in sft.answer_loss: padding may reach beyond the context.
+    plain = batch.part.max() == 0 and batch.x.shape[1] <= model.config.block_size and not mixtures(model)
     with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return model(batch.x, look=None if plain else apart(model, batch))
 
@@ -101,7 +103,8 @@ def loss(student, teacher, batch: Batch, config: DistillConfig):
         theirs = taught(teacher, batch, config.precision)
         total = config.mix * divergence(mine, theirs, batch.learned, config.temperature, config.reverse)
     if config.mix < 1:
-        right = F.cross_entropy(mine[batch.learned].float(), batch.y[batch.learned], reduction="sum")
+        wide = torch.promote_types(mine.dtype, torch.float32)
+        right = F.cross_entropy(mine[batch.learned].to(wide), batch.y[batch.learned], reduction="sum")
         total = total + (1 - config.mix) * right
     return total
 

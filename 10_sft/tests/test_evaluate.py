@@ -189,6 +189,14 @@ def test_the_choice_is_the_likeliest_answer():
     assert math.isnan(choose(opened, records("z", "a", "b"))), "where nothing can be chosen there is no share"
 
 
+@pytest.mark.parametrize("value", [-1.5, math.nan])
+def test_a_tie_is_no_right_choice(value, monkeypatch):
+    """A model that finds all four answers equally likely, or is broken, has chosen nothing: the first is not right."""
+    monkeypatch.setattr(script, "answer_log_probs", lambda opened, talks: torch.full((len(talks),), value))
+    found = choose(None, records("x", "ab", "cd", "ef", "gh"))
+    assert found == 0, f"where every answer has ln P {value}, {found:.0%} of the choices are right"
+
+
 def test_the_score_by_hand(monkeypatch):
     """A row for each family, and their mean: exact only with an end, F1 by tokens, and the interval of the mean."""
     opened = random_talks.opened()
@@ -216,6 +224,9 @@ def test_the_score_by_hand(monkeypatch):
     assert (mean["low"] + mean["high"]) / 2 == pytest.approx(5 / 12), "the interval lies about the mean"
     spread = mean["high"] - mean["low"]
     assert spread == pytest.approx(math.hypot(*widths) / 2), "of independent families: squares add up, then the root"
+    texts[:], over[:] = [record["messages"][1]["content"] for record in given], [True] * 5
+    best = score(opened, given, 17)[-1]
+    assert best["exact"] == best["high"] == 1 and 0 < best["low"] < 1, "a share is never above 1, nor is its interval"
     bare = [{"messages": record["messages"]} for record in given]
     assert [row["family"] for row in score(opened, bare, 17)] == ["all", "mean"], "records without a family are one"
 
@@ -286,10 +297,30 @@ def test_the_script_scores_a_run(run, capsys):
     assert "my.jsonl" in out and "mine" in out and "phrasings" not in out, "the records of the file, and no others"
 
 
+def test_a_run_is_scored_on_its_own_test_sets(run, monkeypatch):
+    """Without flags the test sets are those of the run: its text, families, digits and seed; a flag wins over them."""
+    file = run / "out" / "tiny" / "model.pt"
+    model, tokenizer, state = checkpoint.load(file)
+    rest = {name: state[name] for name in ("template", "names", "ends", "optimizer", "step", "seconds")}
+    own = {"corpus": "text.txt", "families": ["upper", "add"], "digits": 3, "seed": 1, "steps": 5}
+    checkpoint.save(file, model, tokenizer, **rest, args=own)
+    scored, chosen = [], []
+    monkeypatch.setattr(script, "score", lambda opened, records, length: scored.append(records) or [])
+    monkeypatch.setattr(script, "choose", lambda opened, records: chosen.append(records) or 0.0)
+    known = tasks.words((run / "text.txt").read_text("utf-8"))
+    for words, how in (([], {"seed": 1}), (["--seed", "5", "--families", "add"], {"seed": 5, "families": ("add",)})):
+        main(["--model", "tiny", "--count", "9", "--device", "cpu", *words])
+        how = {"families": ("upper", "add"), "digits": 3} | how
+        expected = [tasks.make(known, which, 9, **how) for which in ("words", "phrasings")]
+        assert scored == expected, f"{words}: not the run's test sets, or the flags do not win; some are trained on"
+        assert chosen == expected, f"{words}: the choice of four is asked of other records"
+        scored.clear(), chosen.clear()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--count", "0"], "--count"), (["--length", "0"], "--length"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-     (["--model", "nobody"], "nobody")],
+    [(["--count", "0"], "--count"), (["--length", "0"], "--length"), (["--digits", "0"], "--digits"),
+     (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "nobody"], "nobody")],
     ids=str,
 )  # fmt: skip
 def test_the_script_refuses_bad_input(words, message, run):

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+from shared import corpus
 from shared.errors import BadInput
 
 import pytest
@@ -402,9 +403,11 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_the_script_tunes_scores_and_saves(start, capsys):
+def test_the_script_tunes_scores_and_saves(start, capsys, monkeypatch):
     """`sft.py` tunes a base on tasks, tells the held-out losses and exact matches of what it saves, and what it cost.
     """
+    real, scored = script.score, []
+    monkeypatch.setattr(script, "score", lambda opened, records: scored.append(records) or real(opened, records))
     words = ["--records", "60", "--test", "18", "--families", "first", "upper", "larger"]
     folder = start("tiny", *words, data=False)
     summary, out = read(folder), capsys.readouterr().out
@@ -414,6 +417,7 @@ def test_the_script_tunes_scores_and_saves(start, capsys):
     opened, known = open_model("tiny"), tasks.words(TEXT)
     for which in ("words", "phrasings"):
         records = tasks.make(known, which, 18, ("first", "upper", "larger"), seed=1337)
+        assert scored.pop(0) == records, f"{which}: exact match is told of other records than those of this test set"
         examples = [conversation(opened, record["messages"]) for record in records]
         with torch.no_grad():
             loss = counted(opened.model, examples).item()
@@ -442,6 +446,20 @@ def test_the_tax_is_the_rise_of_the_loss_on_the_text(start, no_figures, monkeypa
     assert len(seen) == 2 and tax == pytest.approx(seen[1] - seen[0]), f"{tax:+.4f} is told, the losses are {seen}"
 
 
+def test_the_text_is_in_the_record(start, runs, tmp_path, no_figures, monkeypatch):
+    """Without --corpus it is the base's own text, or the default that can be had; the record says which it was."""
+    real = corpus.load
+    monkeypatch.setattr(corpus, "load", lambda name=None: real(name) if name else corpus.Corpus("python-docs", TEXT))
+    main([*RUN, "--data", str(runs / "records.jsonl"), "--name", "mine"])
+    own = checkpoint.read(tmp_path / "little" / "model.pt")["args"]["corpus"]
+    for place in ("config.json", "summary.json"):
+        found = read(tmp_path / "mine", place)["corpus"]
+        assert found == own, f"{place} says {found}: the tax was measured on the base's text, {own}"
+    assert checkpoint.read(tmp_path / "mine" / "model.pt")["args"]["corpus"] == own, "resumed, it may be another text"
+    assert script.text_of("nobody", None) == "python-docs", "where there is no run, the text that can be had"
+    assert script.text_of("little", str(runs / "text.txt")) == own, "the text that was asked for"
+
+
 def test_the_records_of_a_file_are_learned(start, runs, no_figures):
     """With --data a tenth is held out and never trained on, and characters that the base lacks get a place."""
     folder = start("mine", "--steps", "30", "--lr", "0.05", "--eval-every", "100")
@@ -458,9 +476,19 @@ def test_the_records_of_a_file_are_learned(start, runs, no_figures):
     assert prepare(args) == (train_part, held_out), "the same seed holds out the same records"
     args.seed = 1
     assert prepare(args)[1] != held_out, "another seed holds out others: not simply the first of the file"
-    (runs / "one.jsonl").write_text(tasks.dumps([told("a", "b")]), encoding="utf-8")
-    with pytest.raises(BadInput, match="one record"):
+    (runs / "one.jsonl").write_text(tasks.dumps([told("a", "b"), told("a", "c")]), encoding="utf-8")
+    with pytest.raises(BadInput, match="one question"):
         prepare(SimpleNamespace(data=runs / "one.jsonl", seed=1))
+
+
+def test_a_question_is_on_one_side_only(tmp_path):
+    """A question with several answers is trained on or held out, whole: the test would ask for what was learned."""
+    (tmp_path / "records.jsonl").write_text(tasks.dumps([told(f"q {i % 20}", f"{i}") for i in range(60)]), "utf-8")
+    for seed in range(3):
+        training, held_out = prepare(SimpleNamespace(data=tmp_path / "records.jsonl", seed=seed))
+        asked = [[r["messages"][0]["content"] for r in part] for part in (training, held_out["held out"])]
+        assert not {*asked[0]} & {*asked[1]}, f"{sorted({*asked[0]} & {*asked[1]})} are trained on and held out"
+        assert (len(asked[0]), len(asked[1])) == (54, 6), "a tenth of the questions is held out, with all their answers"
 
 
 def during(monkeypatch, step: int, event):
@@ -483,6 +511,8 @@ def ctrl_c():
 def test_a_resumed_run_is_the_run_itself(words, start, no_figures, monkeypatch, capsys):
     """Ctrl-C in a step ends the run after it, with a checkpoint; with --resume all weights are as if it never stopped.
     """
+    tables = []
+    monkeypatch.setattr(script, "table", lambda name, rows: tables.append(rows))
     whole = start("whole", *words)
     for step, code in ((3, 130), (7, 130)):  # 3: the end of a pass of 3 batches
         during(monkeypatch, step, ctrl_c)
@@ -502,8 +532,21 @@ def test_a_resumed_run_is_the_run_itself(words, start, no_figures, monkeypatch, 
     for name in ("loss_held_out", "tax"):
         ends = [read(place)[name] for place in (whole, folder)]
         assert ends[0] == ends[1], f"the two runs end with {name} {ends[0]} and {ends[1]}: is it since the base?"
+    assert tables[0] == tables[1], f"{tables[1]} is told, not {tables[0]}: 'before' is before the first step"
     with pytest.raises(BadInput, match="has finished its 12 steps"):
         main(["--resume", "--name", "parts"])
+
+
+def test_a_run_that_was_ended_behind_its_last_step_is_scored(start, monkeypatch):
+    """Ended by force between the last checkpoint and the summary, a run has no result: --resume scores it."""
+    monkeypatch.setattr(script, "draw", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        start("ended")
+    monkeypatch.setattr(script, "draw", lambda *args: None)
+    assert main(["--resume", "--name", "ended"]) is None, "it has no summary, and cannot be resumed"
+    whole = start("whole")
+    ended, whole = (read(whole.with_name(name)) for name in ("ended", "whole"))
+    assert ended["loss_held_out"] == whole["loss_held_out"] and ended["tax"] == whole["tax"], "another result"
 
 
 @pytest.mark.parametrize(
@@ -563,9 +606,15 @@ def test_a_base_is_trained_where_there_is_none(runs, tmp_path, monkeypatch, no_f
     assert main([*words, "--name", "again"]) is None
     assert "first a base" not in capsys.readouterr().out, "the base is trained again"
     assert (tmp_path / "base" / "model.pt").read_bytes() == weights, "tuning has written over its base"
+    shutil.rmtree(tmp_path / "base")
+    assert main([*words, "--name", "anew"]) is None
+    first, second = (checkpoint.read(tmp_path / name / "model.pt")["model"] for name in ("anew", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first), (
+        "the same command gives another model the second time: the base's training has taken random numbers"
+    )
 
 
-def test_any_model_is_a_base(start, runs, tmp_path, no_figures):
+def test_any_model_is_a_base(start, runs, tmp_path, no_figures, capsys):
     """A tuned run is tuned on in its own form, and a folder in the form of open weights gets tags and is tuned."""
     first = start("first")
     model, tokenizer, state = checkpoint.load(first / "model.pt")
@@ -582,4 +631,9 @@ def test_any_model_is_a_base(start, runs, tmp_path, no_figures):
     assert before == pytest.approx([expected], rel=1e-5), "it does not begin with the tuned weights"
     model, tokenizer, _ = checkpoint.load(tmp_path / "little" / "model.pt")
     hf.export(model, tokenizer, tmp_path / "folder")
-    assert (start("third", "--base", str(tmp_path / "folder")) / "summary.json").is_file(), "a folder is no base"
+    capsys.readouterr()
+    summary = read(start("third", "--base", str(tmp_path / "folder")))
+    assert summary["loss_held_out"] > 0, "a folder is no base"
+    assert summary["tax"] is None and "the loss rose" not in capsys.readouterr().out, (
+        "the tax of a model of others is measured, in windows that may be too long for the memory"
+    )

@@ -7,7 +7,7 @@ The policy writes `--most` answers to each held-out task. Three reward models ch
 
 - "good": learned from all pairs of this stage, `--pairs` of them;
 - "few pairs": learned from `--few` of the same;
-- "deletions": learned from right answers against the same without a letter, as many as the first.
+- "deletions": learned from right answers against the same without a letter.
 
 For each n, `proxy` is the mean score of the chosen answers, in standard deviations of the scores of all answers from
 their mean: what one sees. `gold` is the share of chosen answers that are right: what one wants. `any right` is the

@@ -1,6 +1,6 @@
 """A real model learns to judge: two reward models on SmolLM2, for pairs of answers that people would prefer.
 
-    uv run stages run 11 demos/real.py                                  # preferences.json, looked for in $STAGES_DATA
+    uv run stages run 11 demos/real.py                                  # 1,100 pairs, which are downloaded
     uv run stages run 11 demos/real.py --data my/pairs.jsonl --name mine
 
 - Linear heads: the model is frozen and reads each answer once. A head of one row learns from what the model has of it,
@@ -20,7 +20,6 @@ of 95 %. `all splits` is the mean, and `spread` the standard deviation. The same
 """
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -30,7 +29,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stage's own modules
 
-from shared import options
+from shared import corpus, options
 from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput
@@ -79,16 +78,6 @@ class Real:
         """Of LoRA. Raises BadInput."""
         rates = {"lr": self.lr, "warmup": self.steps // 10, "decay": 1.0}
         return RewardConfig(steps=self.steps, batch_size=self.batch_size, **rates)
-
-
-def find(data: Path | None) -> Path:
-    """The file of pairs: `data`, or preferences.json in the folder that STAGES_DATA names. Raises BadInput."""
-    if data is not None:
-        return data
-    file = Path(os.environ.get("STAGES_DATA", ""), "preferences.json").absolute()
-    if "STAGES_DATA" not in os.environ or not file.is_file():
-        raise BadInput("no pairs: give a file with --data, or a folder that has preferences.json with STAGES_DATA")
-    return file
 
 
 @torch.no_grad()
@@ -216,7 +205,7 @@ def draw(losses: list[float], gaps: dict) -> Figure:
 def arguments(argv) -> argparse.Namespace:
     """The command line as flags."""
     parser = options.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="a file of pairs (default: preferences.json in $STAGES_DATA)")
+    parser.add_argument("--data", type=Path, help="a file of pairs (default: the published preferences.json)")
     parser.add_argument("--model", default="smollm2", help="a run of sft.py, or what hf.py opens (default: smollm2)")
     parser.add_argument("--name", default="real", help="the run's folder under out/ (default: real)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -229,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     real, adapter = options.build(Real, args), options.build(lora.LoRAConfig, args)
     config, device = real.recipe(), setup(args.device, RewardConfig.seed)
-    pairs = read_pairs(find(args.data))
+    pairs = read_pairs(args.data or corpus.records("preferences"))
     pairs = random.Random(0).sample(pairs, min(len(pairs), real.pairs))
     splits = [split(pairs, real.held_out, seed) for seed in range(real.seeds)]
     training, test = ([pairs[i] for i in part] for part in splits[0])

@@ -190,6 +190,17 @@ def test_coins_teach_nothing(monkeypatch):
     assert all(torch.equal(t, before[n]) for n, t in policy.model.state_dict().items()), "the policy was trained"
 
 
+def test_coins_do_not_undo_the_noise(monkeypatch):
+    """Where a quarter of the pairs is the wrong way round, coins leave a half of them so: they are another draw."""
+    policy, seen, training = judges.policy(dtype=torch.float32), [], nonsense(400, 1)
+    monkeypatch.setattr(reward, "fit", lambda model, rows, config: seen.append(rows) or iter(()))
+    config = RewardConfig(steps=1)
+    coin(policy, preferences.flip(training, 0.25, config.seed), nonsense(2, 2), config)
+    true = reward.encode(policy, [t for each in training for t in preferences.both(each)])
+    wrong = sum((a, b) != two for a, b, two in zip(true[0::2], true[1::2], seen[0], strict=True)) / 400
+    assert 0.42 < wrong < 0.58, f"{wrong:.0%} of the labels are wrong: the coins turn the same pairs as the noise did"
+
+
 @pytest.mark.parametrize("kind", [{}, {"window": 5}, {"nope_every": 2}], ids=str)
 def test_potentials_telescope(kind):
     """A term for each token of the answer: the score after it less that before; their sum is 0 less the prompt's."""

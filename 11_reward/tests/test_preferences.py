@@ -415,6 +415,20 @@ def test_the_pairs_of_the_default_run(small):
     assert sum(wrong) == round(len(training) / 4) and clean == held_out, "a quarter of what is learned, and no test"
 
 
+def test_the_words_of_the_test_are_those_of_every_seed(small, tmp_path):
+    """Another seed has other mistakes in the same tasks: the policy and all judges are tested on the same new words."""
+    known = tasks.words((tmp_path / "text.txt").read_text("utf-8"))
+    held_out, learned = (prompts([pair(r["messages"][:1], "a", "b") for r in tasks.make(known, which, 90)])
+                         for which in ("words", "train"))
+    (first, test), _ = small(seed=1)
+    (second, other), _ = small(seed=2)
+    assert prompts(test["swap"]) <= held_out and prompts(other["insert"]) == prompts(test["insert"]) == held_out, (
+        "the seed decides which words are new: the policy, which has one seed, was tuned on most of them"
+    )
+    assert prompts(first) | prompts(second) <= learned, "words of the test are learned by the judge of another seed"
+    assert [texts(each) for each in test["insert"]] != [texts(each) for each in other["insert"]], "the same mistakes"
+
+
 def test_a_policy_that_is_always_right_leaves_a_kind_out(small, monkeypatch):
     """Where the policy makes no mistakes there are none to rank, and the other kinds are there all the same."""
     monkeypatch.setattr(script, "draw_answers",

@@ -1,10 +1,12 @@
 """Checkpoints of reward models: the losses, where the score is read, what training does, the script."""
 
+import argparse
 import json
 import math
 import signal
 from dataclasses import replace
 
+from shared import corpus
 from shared.errors import BadInput
 
 import judges
@@ -19,7 +21,7 @@ import preferences
 import reward as script
 import tasks
 import train
-from chat import END_OF_TURN
+from chat import END_OF_TURN, form
 from lora import LoRAConfig, add
 from model import GPT
 from preferences import KINDS, both, pair
@@ -116,28 +118,23 @@ def test_a_constant_added_to_all_scores_changes_nothing(loss, shift):
         assert np.allclose(a, b, atol=1e-10), f"{loss}: with {shift} added to all scores, another {what}"
 
 
-def trls(chosen, rejected, margin=None, coefficient=None) -> float:
+def trls(chosen, rejected, coefficient: float) -> float:
     """The loss of TRL's RewardTrainer (trl/trainer/reward_trainer.py, compute_loss), recomputed."""
     a, b = np.array(chosen), np.array(rejected)
-    loss = np.logaddexp(0, -(a - b - (0 if margin is None else margin))).mean()
-    return loss + (0 if coefficient is None else coefficient * ((a + b) ** 2).mean())
+    return np.logaddexp(0, b - a).mean() + coefficient * ((a + b) ** 2).mean()
 
 
 def test_the_loss_is_trls():
-    """On the same scores the loss is that of TRL's RewardTrainer, with its margins and its centring."""
+    """On the same scores the loss is the formula of TRL's RewardTrainer, with its centring."""
     a, b = torch.tensor(CHOSEN, dtype=torch.float64), torch.tensor(REJECTED, dtype=torch.float64)
     for weight in (0.0, 0.01, 0.3):
         found = pair_loss(a, b, RewardConfig(centre=weight)).item()
-        assert found == pytest.approx(trls(CHOSEN, REJECTED, coefficient=weight), rel=1e-12), (
+        assert found == pytest.approx(trls(CHOSEN, REJECTED, weight), rel=1e-12), (
             f"centring {weight}: {found}, TRL has another loss: is it the square of the sum, and the mean over pairs?"
         )
         hinge = pair_loss(a, b, RewardConfig(loss="margin", margin=0.7, centre=weight)).item()
         summed = expected("margin", CHOSEN, REJECTED, 0.7)[0] + weight * np.square(np.add(CHOSEN, REJECTED)).mean()
         assert hinge == pytest.approx(summed, rel=1e-12), f"the margin loss with centring {weight}"
-    # TRL's margin is by how much better the chosen answer was said to be: it is taken off the difference.
-    told = [0.5, 2.0, 0.0, 1.0, 3.0]
-    found = bradley_terry(a - torch.tensor(told), b).item()
-    assert found == pytest.approx(trls(CHOSEN, REJECTED, margin=np.array(told))), "TRL's margin is taken off"
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
@@ -615,11 +612,34 @@ def test_the_script_makes_its_own_pairs(start, no_figures, monkeypatch):
     monkeypatch.setattr(preferences, "draw_answers", lambda opened, records, n, seed: [["no"] * n for _ in records])
     summary = told(start("made", "--pairs", "36", "--noise", "0.25", data=None))
     assert {f"right_{kind}" for kind in (*KINDS, "sampled")} <= summary.keys(), "a kind of mistake is not told"
-    assert summary["corpus"] == "text.txt" and 0 <= summary["right_swap"] <= 1, "what was learned from"
+    assert summary["corpus"] == corpus.load("text.txt").name, "what was learned from"
+    assert 0 <= summary["right_swap"] <= 1, "no share"
+
+
+def test_the_text_is_that_of_the_policy(start, tmp_path, no_figures, monkeypatch):
+    """Without --corpus the tasks' words are from the policy's own text, and the record says which that was."""
+    file = tmp_path / "out" / "tiny" / "model.pt"
+    opened, own = judges.policy(dtype=torch.float32, block_size=72), str(tmp_path / "text.txt")
+    past = {"optimizer": {}, "step": 3, "seconds": 1.0, "args": {"corpus": own}}
+    checkpoint.save(file, opened.model, opened.tokenizer, **past, **form(opened))
+    real, seen = script.make_pairs, []
+
+    def few(args, policy):
+        seen.append(args.corpus)
+        return real(argparse.Namespace(**vars(args) | {"data": "pairs.jsonl"}), policy)
+
+    monkeypatch.setattr(script, "make_pairs", few)
+    monkeypatch.setattr(corpus, "load", lambda name=None, real=corpus.load: real(name or pytest.fail("the default")))
+    small = ["--steps", "2", "--batch-size", "8", "--warmup", "0", "--device", "cpu"]
+    assert main(["--policy", "tiny", "--name", "found", *small]) is None
+    saved = checkpoint.read(tmp_path / "out" / "found" / "model.pt")["args"]["corpus"]
+    assert seen == [own], "the words are from another text than the policy's"
+    assert told(tmp_path / "out" / "found")["corpus"] == saved == own, "the record tells another text"
 
 
 def test_ctrl_c_saves_a_judge(start, no_figures, monkeypatch, capsys):
-    """Ctrl-C in a step ends the run after it with exit code 130, and what was learned so far is saved."""
+    """Ctrl-C in a step ends the run after it with exit code 130: what was learned is saved, but as no finished run."""
+    assert told(start("stopped"))["steps"] == 12, "the run before"
     schedule, waiting = train.schedule, [2]
 
     def share(step, config):
@@ -630,7 +650,8 @@ def test_ctrl_c_saves_a_judge(start, no_figures, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "schedule", share)
     folder = start("stopped", code=130)
-    assert told(folder)["steps"] == 3 and "stopped at step 3" in capsys.readouterr().out, "not after the step"
+    assert "stopped at step 3" in capsys.readouterr().out, "not after the step"
+    assert not (folder / "summary.json").exists(), "an unfinished judge is taken for a finished one, with its results"
     assert (scores(load(folder / "model.pt"), TALKS[:2]) != 0).all(), "nothing of what was learned is saved"
 
 
@@ -645,6 +666,7 @@ def test_ctrl_c_saves_a_judge(start, no_figures, monkeypatch, capsys):
         (["--policy", "nowhere"], "nowhere"),
         (["--batch-size", "1000"], "smaller batch"),
         (["--noise", "1.5"], "from 0 to 1"),
+        (["--micro-batch", "4"], "--micro-batch"),
         (["--lr", "0"], "lr"),
         (["--lr", "1e30"], "lower --lr"),
         (["--device", "abacus"], "abacus"),

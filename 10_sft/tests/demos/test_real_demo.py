@@ -133,18 +133,10 @@ def test_an_interrupt_keeps_the_adapter(place, monkeypatch, capsys):
 
 
 def test_what_is_missing_is_named(place, monkeypatch):
-    """Without records the line names --data; sizes that cannot be are refused before anything is tuned."""
-    for folder in (None, str(place / "nowhere")):
-        if folder is None:
-            monkeypatch.delenv("STAGES_DATA", raising=False)
-        else:
-            monkeypatch.setenv("STAGES_DATA", folder)
-        with pytest.raises(BadInput, match="--data"):
-            real.main(QUICK)
-    file = place / "instructions.json"
-    file.write_bytes((place / "records.json").read_bytes())
-    monkeypatch.setenv("STAGES_DATA", str(place))
-    assert real.find(None) == file and real.find(place / "other.jsonl") == place / "other.jsonl"
+    """Without --data the published records are asked for; what cannot be is refused before anything is tuned."""
+    monkeypatch.setattr(real.corpus, "records", lambda name: {"instructions": place / "records.json"}[name])
+    with pytest.raises(BadInput, match="other.jsonl"):
+        real.main([*QUICK, "--data", str(place / "other.jsonl")])
     for flag, value, said in (
         ("--steps", "0", "steps"), ("--rank", "0", "rank"), ("--alpha", "-1", "alpha"), ("--shown", "0", "--shown"),
         ("--length", "0", "--length"), ("--lr", "0", "lr"), ("--batch-size", "99", "do not fill"),

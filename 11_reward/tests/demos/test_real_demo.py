@@ -137,22 +137,15 @@ def test_the_demo_runs(out, file, capsys):
 
 
 def test_what_is_missing_is_named(out, file, monkeypatch):
-    """Without pairs the line names --data; sizes that cannot be are refused."""
-    for folder in (None, str(out / "nowhere"), str(file.parent)):
-        if folder is None:
-            monkeypatch.delenv("STAGES_DATA", raising=False)
-        else:
-            monkeypatch.setenv("STAGES_DATA", folder)
-        if folder == str(file.parent):
-            assert real.find(None) == file and real.find(out / "other.jsonl") == out / "other.jsonl"
-        else:
-            with pytest.raises(BadInput, match="--data"):
-                real.main(QUICK)
+    """Without --data the published pairs are asked for; what cannot be is refused."""
+    monkeypatch.setattr(real.corpus, "records", lambda name: {"preferences": file}[name])
+    with pytest.raises(BadInput, match="other.jsonl"):
+        real.main([*QUICK, "--data", str(out / "other.jsonl")])
     for flag, value, said in (
         ("--steps", "0", "steps"), ("--rank", "0", "rank"), ("--pairs", "0", "--pairs 0"), ("--seeds", "0", "--seeds"),
         ("--held-out", "1", "--held-out"), ("--penalty", "0", "--penalty"), ("--layer", "3", "layers 1 to 2"),
         ("--batch-size", "99", "do not fill"), ("--model", "other.gguf", "other.gguf"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=re.escape(said)):
-            real.main(["--data", str(file), *QUICK, flag, value])
+            real.main([*QUICK, flag, value])
     assert not (out / "real" / "summary.json").exists()
