@@ -2,7 +2,7 @@
 
     uv run python hf.py "What is the capital of France?"
     uv run python hf.py "Once upon a time" --raw --temperature 0.8
-    uv run python hf.py "What is a neural network?" --model Qwen/Qwen3-0.6B
+    uv run python hf.py "What is a neural network? /no_think" --model Qwen/Qwen3-0.6B
     uv run python hf.py --export my/folder --name default      # a run of train.py, for other programs
 
 A model is `smollm2` (SmolLM2-135M-Instruct, which an ordinary package brings), a folder as Hugging Face's libraries
@@ -196,8 +196,12 @@ def render(template: str, messages: list[dict], names: dict | None = None, **mor
     given = {"tools": None, "documents": None, "add_generation_prompt": True} | (names or {}) | more
     try:
         return program(template).render(messages=messages, **given)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise BadInput(f"the chat template cannot be used ({type(error).__name__}: {error})") from None
+    except (
+        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+        RecursionError, SyntaxError,  # macros that call themselves; loops nested deeper than Python allows
+    ) as error:  # fmt: skip
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"the chat template cannot be used ({type(error).__name__}: {reason})") from None
 
 
 def chat(opened: Opened, messages: list[dict], **more) -> list[int]:
@@ -235,7 +239,7 @@ def write(opened: Opened, ids: list[int], length: int, config: SampleConfig, gen
 
 
 def export(model: GPT, tokenizer, folder: str | Path, template: str | None = None, end: str = END) -> Path:
-    """Write a folder that `transformers` opens, and with it every program that reads such folders.
+    """Write a folder in the form of Hugging Face's libraries, which `transformers` opens.
 
     `end` is the special token that ends a text, where the tokenizer has it. The folder appears whole or not at all.
     Raises BadInput for a model that no published architecture computes, and where the folder is there already.

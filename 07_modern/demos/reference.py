@@ -50,7 +50,8 @@ def main(argv=None):
         val_loss = data.nats_per_char(evaluate(model, data.val, rows=1))
     params, seconds = sum(p.numel() for p in model.parameters()), time.perf_counter() - begin
     bpb = data.bits_per_byte(val_loss)
-    log.finish(corpus=data.name, params=params, seconds=seconds, val_loss=val_loss, val_bpb=bpb)
+    # The ladder's seconds are those of training, and nothing was trained here.
+    log.finish(corpus=data.name, params=params, seconds=None, reading=seconds, val_loss=val_loss, val_bpb=bpb)
     say(f"{args.model} on {data.name}: {len(data.val):,} tokens, {1 / data.tokens_per_char:.2f} characters each")
     say(f"validation loss {val_loss:.4f} nats per character, {bpb:.3f} bits per byte, after {seconds:.0f} s")
 

@@ -4,7 +4,7 @@
     uv run stages run 08 extras/bench.py --model smollm2 --dtype bfloat16
     uv run stages run 08 extras/bench.py --model smollm2 --dtype bfloat16 --peers      # beside `transformers`
 
-Why does reading 512 tokens take hardly longer than writing twenty? A pass needs two things of the machine: FLOPs
+Why does reading 512 tokens take less time than writing twenty? A pass needs two things of the machine: FLOPs
 (additions and multiplications) and bytes from memory. For SmolLM2, 134.5 million parameters of 2 bytes, and T tokens:
 
     FLOPs:  each parameter multiplies and adds once for each token       2 x 134.5 million x T

@@ -10,7 +10,7 @@ makes about thousand of them for each ten layers. So, with the same weights and 
 - In bfloat16 on a CPU the matrices are copied into the order in which the processor's kernel reads them ("packed"). The
   results stay the same to the last bit.
 
-It does not know windows, sinks or layers without positions.
+It does not know windows, sinks or layers without positions, nor models that compute something else (subclasses of GPT).
 """
 
 from shared.errors import BadInput
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from cache import Cache
 from extras import quant
-from model import rope_table
+from model import GPT
 from sample import SampleConfig, draw, evaluation, prefill
 
 
@@ -41,16 +41,17 @@ def product(*layers):
 class Decoder:
     """`model`, for one text of at most block_size tokens.
 
-    Raises BadInput for a model with a window or with layers without positions.
+    Raises BadInput for a model with a window or with layers without positions, and for a subclass of GPT.
     It holds a copy of the weights: changes of the model's do not reach it.
     """
 
     def __init__(self, model):
         c = model.config
-        if c.window is not None or c.nope_every:
-            raise BadInput("the decoder knows no window and no layers without positions: use sample.py")
+        if type(model) is not GPT or c.window is not None or c.nope_every:
+            raise BadInput("the decoder knows no window, no layers without positions and no other model than GPT: "
+                           "use sample.py")
         self.model, self.n = model, 0
-        cos, sin = rope_table(torch.arange(c.block_size, device=model.tok_emb.weight.device), c)  # [S, D / 2] x 2
+        cos, sin = model.rope(torch.arange(c.block_size, device=model.tok_emb.weight.device))  # [S, D / 2] x 2
         # (a, b) turned is (a cos - b sin, b cos + a sin): (a, b) times (cos, cos), plus (b, a) times (-sin, sin).
         self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # [S, D] x 2
         self.layers = []
@@ -83,6 +84,8 @@ class Decoder:
         while True:
             token = draw(logits.cpu(), config, generator)
             yield token
+            if self.n == self.model.config.block_size:
+                return
             logits = self.step(token.item())
 
     @torch.inference_mode()

@@ -185,6 +185,9 @@ def test_templates_write_what_transformers_writes(name):
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
         ("{% include 'secret' %}", "TypeError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('one line\\nand another') }}", "one line"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "SyntaxError"),
     ],
     ids=str,
 )
@@ -214,7 +217,7 @@ def scripted(monkeypatch, *tokens):
     """Let every model write these tokens -> a list that fills with what it was asked."""
     seen = []
 
-    def generate(model, context, config, generator=None, stop=()):
+    def generate(model, context, config, generator=None):
         seen.append((context.tolist(), config, next(model.parameters()).dtype))
         yield from torch.tensor(tokens)[:, None]
 

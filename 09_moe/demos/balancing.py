@@ -4,13 +4,13 @@
     uv run stages run 09 demos/balancing.py --steps 1350 --n-expert 16 --bias-rate 0.003
 
 An expert that is chosen learns, and one that has learned is chosen. Left alone, a router may end with few experts that
-do all the work. Three ways are trained on the same batches, with the default recipe of train.py:
+do all the work. Three ways are trained on the same batches, with the default recipe of train.py, z-loss included:
 
 - "none": left alone.
-- "loss": the balance loss is added, which is least when all experts are equally loaded (Fedus et al., "Switch
-  Transformers", 2021).
-- "bias": no loss. After each step the experts that got too few positions get a little more of a bias in the choice, the
-  others a little less (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024).
+- "loss": the balance loss is added, which is 1 at equal loads and grows where the router gives most of its probability
+  to the experts that are chosen most (Fedus et al., "Switch Transformers", 2021).
+- "bias": no balance loss. After each step the experts that got too few positions get a little more of a bias in the
+  choice, the others a little less (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024).
 
 The columns after the differences are means over layers and seeds, on the validation text, of which `--batch-size`
 windows are read at a time. `busiest` is the load of the busiest expert of a layer, as a multiple of an even share;

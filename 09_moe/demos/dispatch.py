@@ -143,8 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.experts) < args.active:
         raise BadInput(f"--experts {min(args.experts)}: a position uses {args.active}, so there must be as many")
     setup("cpu")
-    shapes = [ModelConfig(1, n_embd=args.n_embd, n_head=1, head_dim=2, n_expert=E, n_active=args.active,
-                          expert_hidden=args.expert_hidden) for E in args.experts]  # fmt: skip
+    sizes = {"n_embd": args.n_embd, "n_head": 1, "head_dim": 2, "expert_hidden": args.expert_hidden}
+    shapes = [ModelConfig(1, **sizes, n_expert=E, n_active=args.active, renormalise=args.active > 1)
+              for E in args.experts]  # fmt: skip
     log, rows, steps = RunLog(__file__, "dispatch", vars(args)), [], 0
     with progress(len(shapes) * args.rounds * (len(WAYS) + 1), "dispatching") as bar:
 
@@ -155,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
 
         for config in shapes:
             rows += compare(config, args.tokens, args.rounds, tick)
-    sizes = f"{args.tokens:,} positions of {args.n_embd} channels, {args.active} experts of {args.expert_hidden} units"
-    table(f"{sizes} each, in ms", rows)
+    title = f"{args.tokens:,} positions of {args.n_embd} channels, {args.active} experts of {args.expert_hidden} units"
+    table(f"{title} each, in ms", rows)
     say(f"figure: {log.figure(draw(rows), 'dispatch')}")
     log.finish(rows=rows)
 

@@ -13,8 +13,9 @@ Each model makes `--steps` steps in all, on the same batches in the same order:
 
 A mixture of whole copies does more work for a token than the dense model: `--n-active` feed-forwards. `work` sums the
 parameters that a token uses over all steps, as a multiple of the dense model's sum. `after the dense steps` is the
-validation loss when the second part begins. In all three the rates fall over the last steps, as many as make up four
-fifths of the second part, so that all end alike.
+validation loss when the second part begins. `cosine` says how alike the experts are at the end: the mean over pairs of
+experts of a layer, each expert's weights as one vector; 1 for copies. In all three the rates fall over the last steps,
+as many as make up four fifths of the second part, so that all end alike.
 
 Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints" (2022).
 """
@@ -33,6 +34,7 @@ from shared.program import run_program
 from shared.runlog import RunLog
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from data import Dataset, batches, load_data, windows
@@ -41,6 +43,7 @@ from demos.ablation import Scale
 from extras.upcycle import upcycle
 from model import GPT, ModelConfig
 from moe import count
+from train import mixtures
 
 KINDS = ("dense", "upcycled", "from scratch")
 FALL = 0.8  # share of the second part over which the rates fall
@@ -69,16 +72,28 @@ def build(kind: str, fields: dict, sizes: Sizes, seed: int) -> GPT:
     return GPT(config)
 
 
+@torch.no_grad()
+def cosine(model) -> float | None:
+    """The mean cosine of two experts of a layer, each taken as one vector of all its weights; none without experts."""
+    found = []
+    for layer in mixtures(model):
+        E = layer.config.n_expert
+        experts = torch.cat([matrices.flatten(1) for matrices in (layer.gate, layer.fc, layer.proj)], dim=1)
+        cosines = F.cosine_similarity(experts[:, None], experts[None], dim=-1)  # [E, E]
+        found.append((cosines.sum().item() - E) / max(1, E * (E - 1)))
+    return mean(found) if found else None
+
+
 def run(kind: str, fields: dict, sizes: Sizes, data: Dataset, scale: Scale, seed: int, tick) -> dict:
     """Train one model in one part or two -> what `ablation.fit` gives for the last part, with the losses of all steps.
 
     "before" is the validation loss at the end of the first part, where there are two. "work" is the sum over steps of
-    the parameters that a token uses.
+    the parameters that a token uses. "cosine" is that of the experts at the end.
     """
     model, first, second = build(kind, fields, sizes, seed), sizes.dense_steps, scale.steps - sizes.dense_steps
     if kind == "from scratch":
         found = ablation.fit(model, data, scale, seed, tick, decay=FALL * second / scale.steps)
-        return found | {"work": scale.steps * count(model, active=True)}
+        return found | {"work": scale.steps * count(model, active=True), "cosine": cosine(model)}
     early = ablation.fit(model, data, scale, seed, tick, steps=first, decay=0.0)
     work = first * count(model)
     if kind == "upcycled":
@@ -89,7 +104,7 @@ def run(kind: str, fields: dict, sizes: Sizes, data: Dataset, scale: Scale, seed
 
     found = ablation.fit(model, data, scale, seed, later, start=first, steps=second, decay=FALL)
     return found | {"losses": early["losses"] + found["losses"], "before": early["val loss"],
-                    "work": work + second * count(model, active=True)}
+                    "work": work + second * count(model, active=True), "cosine": cosine(model)}
 
 
 def draw(curves: dict[str, list[float]], dense_steps: int) -> Figure:
@@ -134,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         mine = runs[row["variant"]]
         row |= {"after the dense steps": mean(one["before"] for one in mine) if "before" in mine[0] else None,
+                "cosine": None if row["variant"] == "dense" else mean(one["cosine"] for one in mine),
                 "params": mine[0]["params"], "work, times dense": mine[0]["work"] / runs["dense"][0]["work"]}
     ablation.show(f"{data.name}: {scale.steps} steps, seeds: {scale.seeds}, losses in nats per character", rows)
     curves = {kind: [mean(at) for at in zip(*(one["losses"] for one in mine), strict=True)]

@@ -42,7 +42,7 @@ class ExpertChoice(Mixture):
 
     def forward(self, x, real=None):
         flat = x.flatten(0, -2)  # [N, C]
-        real = None if real is None else real.flatten()  # [N]
+        real = None if real is None else real.expand(x.shape[:-1]).flatten()  # [1 or B, T] -> [N]
         picked, weights = self.pick(flat, real)  # [E, c] x 2
         h = flat[picked]  # [E, c, C]: equal blocks, so no sorting and no grouped product
         h = F.silu(h @ self.gate.mT) * (h @ self.fc.mT)  # [E, c, F]

@@ -31,6 +31,8 @@ def write_gguf(path: Path, model, pre: str = "smollm", **changes):
     about = byte_tokenizer()
     tokens = [*about["model"]["vocab"]]
     tokens[30:30], tokens[-2:] = ["<|start|>", "<|end|>"], ["<|unused|>", "<|added|>"]
+    if pre == "llama-bpe":
+        tokens[90] = "xyz"  # no merge makes it
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 30 + [3, 3] + [1] * 63 + [5, 4])
     writer.add_token_merges([" ".join(pair) for pair in about["model"]["merges"]])
@@ -77,6 +79,18 @@ def test_a_gguf_file_gives_the_logits_of_transformers(name, tmp_path):
     assert opened.names == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     assert opened.tokenizer.encode("the ththe<|end|><|added|>", special=True) == [28, 26, 27, 28, 31, 96]
     assert hf.load(tmp_path / "model.gguf", torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
+
+
+def test_what_llama_3_leaves_out_is_known(tmp_path):
+    """Llama 3's tokenizer takes whole pieces, puts a token before each text, and may have two ends."""
+    for pre, said, start in (("llama-bpe", None, [30]), ("llama-bpe", False, []), ("smollm", None, [])):
+        changes = {"tokenizer.ggml.add_bos_token": said, "tokenizer.ggml.eot_token_id": 95}
+        opened = hf.load(write_gguf(tmp_path / "model.gguf", random_model("smollm2"), pre, **changes))
+        assert opened.start == start, f"{pre}, add_bos_token {said}: a text starts with {opened.start}, not {start}"
+        assert opened.ends == {31, 95}, "an answer ends at the end of a text, and at the end of a turn"
+        if pre == "llama-bpe":
+            assert opened.tokenizer.encode("xyz") == [90], "a piece that is a token is taken whole, without merges"
+            assert opened.tokenizer.encode("xyzx") == [23, 24, 25, 23], "within a longer piece no merge leads there"
 
 
 @pytest.fixture(scope="module")

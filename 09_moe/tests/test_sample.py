@@ -15,7 +15,19 @@ import sample as script
 from cache import Cache
 from checkpoint import save
 from model import GPT, ModelConfig
-from sample import SampleConfig, draw, filter_logits, generate, main, pad_left, prefill, sample, speeds, timed
+from sample import (
+    SampleConfig,
+    draw,
+    evaluation,
+    filter_logits,
+    generate,
+    main,
+    pad_left,
+    prefill,
+    sample,
+    speeds,
+    timed,
+)
 from tokenizer import CharTokenizer, train_tokenizer
 
 RUN = {"optimizer": {}, "step": 7, "seconds": 1.5, "args": {}}  # what a run needs to go on
@@ -299,6 +311,18 @@ def test_sampling_leaves_the_mode_as_it_was(mode):
             f"the model had training={mode} and is left in the other mode: what trains it next goes wrong"
         )
     assert seen == [False, False], "the model runs in training mode while it samples"
+
+
+def test_each_part_is_in_the_mode_it_was_found_in():
+    """After a stretch in evaluation mode each part of a model is in its own mode again, if an error ended it too."""
+    model = GPT(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_head=2, n_layer=2))
+    model.blocks[0].eval()  # a part that is not being trained
+    before = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="an error"), evaluation(model):
+        assert not any(module.training for module in model.modules()), "inside, a part is in training mode"
+        raise ValueError("an error")
+    after = [module.training for module in model.modules()]
+    assert after == before, "a part of the model is left in another mode than the one it was found in"
 
 
 @pytest.fixture
@@ -598,11 +622,11 @@ def test_both_phases_are_timed(monkeypatch):
 
 
 def test_speeds_by_hand():
-    """1,200 tokens read in 0.5 s are 2,400 tokens/s; two texts of 3 further tokens in 0.75 s are 8 tokens/s."""
-    assert speeds([0.5, 0.25, 0.125, 0.375], 1200, 2) == (
+    """1,200 tokens read in 0.5 s are 2,400 tokens/s; 6 tokens written after the first step, in 0.75 s, 8 tokens/s."""
+    assert speeds([0.5, 0.25, 0.125, 0.375], 1200, 6) == (
         "prefill: 1,200 tokens in 0.500 s, 2,400 tokens/s; decode: 6 tokens in 0.75 s, 8 tokens/s"
-    ), "the first step reads the prompt and writes the first token; each other step writes one for each text"
-    assert speeds([0.5], 10) == "prefill: 10 tokens in 0.500 s, 20 tokens/s", "one token is written without decoding"
+    ), "the first step reads the prompt and writes the first token of each text; the others write the rest"
+    assert speeds([0.5], 10, 0) == "prefill: 10 tokens in 0.500 s, 20 tokens/s", "one token is written without decoding"
 
 
 def test_the_script_writes_several_texts(run, capsys):
@@ -621,11 +645,14 @@ def test_the_script_writes_several_texts(run, capsys):
     )
     stop = alone[0][9]  # the third character that the first text got
     main([*run, *words, "--stop", stop])
-    texts = [text.removesuffix("\n") for text in capsys.readouterr().out.split("--- ")[1:]]
+    out, told = capsys.readouterr()
+    texts, decoded = [text.removesuffix("\n") for text in out.split("--- ")[1:]], 0
     for prompt, text, whole in zip(("the cat", "a", "sat"), texts, alone, strict=True):
         new = whole[len(prompt):]
         end = new.index(stop) + 1 if stop in new else len(new)
         assert text == prompt + new[:end], f"the text does not end with the first {stop!r} that was written"
+        decoded += end - 1  # the first token comes with the prefill
+    assert decoded < 24 and f"decode: {decoded} tokens" in told, f"tokens that nobody wrote are counted: {told!r}"
 
 
 def test_the_script_gives_the_model_a_window(run, capsys, monkeypatch):

@@ -13,6 +13,12 @@ from tokenizer import END, PATTERN, BPETokenizer, CharTokenizer, from_state, tra
 from tokenizer_json import PATTERNS, byte_alphabet, read_tokenizer, write_tokenizer
 
 NAMES = ["<|a", "<|a|>", "<think>", "café"]  # two begin alike, one is changed by NFD
+# The patterns in the tokenizer.json of Llama 3 and of Qwen3, as published.
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def split(pattern):
@@ -26,8 +32,8 @@ LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 WAYS = {  # how a text is cut, and the normal form
     "GPT-2": (LETTERS, None),
     "SmolLM2": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), LETTERS]), None),
-    "Llama 3": (split(PATTERNS["llama-bpe"]), None),
-    "Qwen3": (split(PATTERNS["qwen2"]), normalizers.NFC()),
+    "Llama 3": (split(LLAMA), None),
+    "Qwen3": (split(QWEN), normalizers.NFC()),
     "decomposed": (split(PATTERN), normalizers.NFD()),
     "with gaps": (split(r"\p{L}{1,3}|\d\d"), None),  # what lies between two matches is a piece too
 }
@@ -68,6 +74,12 @@ def test_ids_are_those_of_the_library(theirs, tmp_path):
         if not ours.form:  # a normal form is not taken back
             assert ours.decode(ours.encode(text)) == text, "the way back is another text"
         assert from_state(ours.state()).encode(text) == ours.encode(text) == ours.encode_slowly(text), f"{text!r}"
+
+
+def test_named_patterns_are_the_published_ones():
+    """A GGUF file only names its pattern: under this name stands here what the models were published with."""
+    for name, pattern in (("llama-bpe", LLAMA), ("qwen2", QWEN)):
+        assert PATTERNS[name] == pattern, f"{name} is {PATTERNS[name]}, and the published pattern is {pattern}"
 
 
 def test_added_tokens_need_not_be_special(tmp_path):
@@ -129,7 +141,7 @@ def test_a_whole_piece_is_a_token_where_the_file_says_so(tmp_path):
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours, _ = read_tokenizer(tmp_path / "tokenizer.json")
     for text in ("xyz", "xyzz", "abc", "abcabc", "bcab", "aabc"):
-        assert ours.encode(text) == theirs.encode(text).ids, text
+        assert ours.encode(text) == theirs.encode(text).ids == ours.encode_slowly(text), text
     assert ours.encode("xyz") == [258] and len(ours.encode("xyzz")) == 4
     about = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     about["model"]["ignore_merges"] = False

@@ -45,6 +45,7 @@ def test_the_loss_is_that_of_the_windows_one_by_one(folder, monkeypatch):
     assert summary["val_loss"] == pytest.approx(total / chars, rel=1e-4), "not the nats of all tokens but the first"
     bpb = total / chars / math.log(2) * len(val) / len(val.encode("utf-8"))
     assert summary["val_bpb"] == pytest.approx(bpb, rel=1e-4), "bits per byte count é as one byte"
+    assert summary["seconds"] is None and summary["reading"] > 0, "the ladder's seconds are those of training"
 
 
 @pytest.mark.parametrize("words", [["--window", "0"], ["--window", "17"], ["--model", "nowhere.gguf"]])

@@ -53,6 +53,7 @@ def test_a_wrong_way_is_seen(monkeypatch):
 
 def test_the_demo_runs(out, capsys):
     """The whole demo: a row for each way and number of experts, and a figure; nonsense is refused."""
+    dispatch.main(["--experts", "4", "--tokens", "9", "--rounds", "1", "--active", "1"])  # not refused
     dispatch.main(["--experts", "4", "8", "--tokens", "60", "--rounds", "3", "--n-embd", "32"])
     rows = json.loads((out / "dispatch" / "summary.json").read_text("utf-8"))["rows"]
     assert [row["experts"] for row in rows] == [4] * 4 + [8] * 4

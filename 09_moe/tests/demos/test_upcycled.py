@@ -47,6 +47,17 @@ def test_all_see_the_same_batches(text, monkeypatch):
     active = small + unit + 2 * 3 * 24  # one feed-forward more in each of 2 layers, and the routers
     assert found["dense"]["work"] == 8 * small and found["from scratch"]["work"] == 8 * active
     assert found["upcycled"]["work"] == 5 * small + 3 * active
+    assert found["dense"]["cosine"] is None and abs(found["from scratch"]["cosine"]) < 0.1 < found["upcycled"]["cosine"]
+
+
+def test_how_alike_experts_are():
+    """Copies have a cosine of 1; by hand: of three experts two are equal and the third is the opposite, -1 / 3."""
+    model = upcycled.build("from scratch", FIELDS | {"vocab_size": 5}, SIZES, 0)
+    for sign, expected in ((1, 1.0), (-1, -1 / 3)):
+        for layer in upcycled.mixtures(model):
+            for matrices in (layer.gate.data, layer.fc.data, layer.proj.data):
+                matrices[1], matrices[2] = matrices[0], sign * matrices[0]
+        assert upcycled.cosine(model) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_demo_runs(text, out, capsys):
@@ -59,6 +70,7 @@ def test_the_demo_runs(text, out, capsys):
     assert list(rows) == list(upcycled.KINDS)
     assert rows["upcycled"]["params"] == rows["from scratch"]["params"] > 2 * rows["dense"]["params"]
     assert 1 < rows["upcycled"]["work, times dense"] < rows["from scratch"]["work, times dense"] < 2
+    assert rows["dense"]["cosine"] is None and rows["upcycled"]["cosine"] > 0.5
     assert rows["from scratch"]["after the dense steps"] is None and 1 < rows["dense"]["after the dense steps"] < 4
     assert (folder / "upcycled.png").stat().st_size > 5000
     [kept] = folder.glob("runs-*.json")

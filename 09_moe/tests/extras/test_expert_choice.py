@@ -82,6 +82,14 @@ def test_padding_takes_no_room():
     assert made.taken[:3].tolist() == [0, 0, 0] and torch.equal(y[0, :3], torch.zeros(3, 12)), "padding was taken"
 
 
+def test_one_row_of_flags_stands_for_all_texts():
+    """With a window nothing is padding, and one row says so for all texts of the batch."""
+    made, x = layer(), torch.randn(3, 4, 12)
+    assert torch.equal(made(x, torch.ones(1, 4, dtype=torch.bool)), made(x)), "the flags count for the first text only"
+    model = let_experts_choose(GPT(ModelConfig(**SIZES | {"window": 4})))
+    assert model(torch.randint(17, (2, 9))).shape == (2, 9, 17)
+
+
 def test_experts_that_choose_see_the_future():
     """Another last token changes earlier logits, and another text in the batch too; tokens that choose do not."""
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import moe
 import train
 from extras.upcycle import main, upcycle
 from model import GPT, ModelConfig
@@ -26,16 +25,6 @@ def dense(**more) -> GPT:
         for p in model.parameters():
             p.normal_(1, 0.3) if p.dim() == 1 else p.normal_(0, 1.5 / p.shape[-1] ** 0.5)
     return model
-
-
-@pytest.fixture(autouse=True)
-def plainly(monkeypatch):
-    """Experts one after the other: torch's grouped product has no double precision."""
-    def grouped(x, weight, ends):
-        blocks = x.tensor_split(ends[:-1].tolist())
-        return torch.cat([rows.to(matrix.dtype) @ matrix.T for rows, matrix in zip(blocks, weight, strict=True)])
-
-    monkeypatch.setattr(moe, "grouped", grouped)
 
 
 @pytest.fixture
