@@ -78,7 +78,7 @@ class Value:
     def __pow__(self, exponent: "Value | float") -> "Value":
         """x ** n, slope n x ** (n - 1). An exponent that is itself a Value needs x > 0 (see `log`).
 
-        At x = 0 the slope is infinite for 0 < n < 1, as a square root leaves zero vertically, and 0 for n = 0.
+        For n = 0 the slope is 0. At x = 0 it is infinite for 0 < n < 1, as a square root leaves zero vertically.
         Raises ValueError for a fractional power of a negative number (not a real number), ZeroDivisionError for a
         negative power of zero, OverflowError when the result or its slope exceeds the largest float.
         """
@@ -90,10 +90,10 @@ class Value:
         if x == 0.0 and n < 0.0:
             raise ZeroDivisionError(f"0 ** {n:g}: division by a Value that is zero")
         try:
-            if x == 0.0 and n < 1.0:
-                slope = math.inf if n else 0.0  # n x ** (n - 1) would divide by zero
+            if x == 0.0 and 0.0 < n < 1.0:
+                slope = math.inf  # n x ** (n - 1) would divide by zero
             else:
-                slope = n * x ** (n - 1.0)
+                slope = n * x ** (n - 1.0) if n else 0.0  # x ** 0 is 1 for every x
             return Value(x**n, (self,), (slope,), f"**{n:g}")
         except OverflowError:
             raise OverflowError(f"({x:g}) ** {n:g} or its slope exceeds the largest float") from None
@@ -152,7 +152,10 @@ class Value:
         return self**0.5
 
     def sigmoid(self) -> "Value":
-        """1 / (1 + e ** -x), by way of tanh: the textbook form overflows at x = -710."""
+        """1 / (1 + e ** -x), by way of tanh: the textbook form overflows at x = -710.
+
+        The price: small results lose digits, and below x = -39 the result is 0.
+        """
         return (self * 0.5).tanh() * 0.5 + 0.5
 
     def __lt__(self, other: "Value | float") -> bool:

@@ -76,7 +76,7 @@ class MLP(Module):
     (17, 1)
     """
 
-    def __init__(self, sizes: Sequence[int], activation: str, rng: random.Random) -> None:
+    def __init__(self, sizes: Sequence[int], activation: str | None, rng: random.Random) -> None:
         check_sizes(sizes)
         last = len(sizes) - 2
         self.layers = [
@@ -115,7 +115,7 @@ class Linear(Module):
 class TensorMLP(Module):
     """`MLP` for a whole batch at once: [batch, sizes[0]] -> [batch, sizes[-1]]."""
 
-    def __init__(self, sizes: Sequence[int], activation: str, rng: np.random.Generator) -> None:
+    def __init__(self, sizes: Sequence[int], activation: str | None, rng: np.random.Generator) -> None:
         check_sizes(sizes)
         check_activation(activation)
         self.layers = [Linear(n_in, n_out, rng) for n_in, n_out in pairwise(sizes)]
@@ -123,7 +123,8 @@ class TensorMLP(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = getattr(layer(x), self.activation)()
+            x = layer(x)
+            x = getattr(x, self.activation)() if self.activation else x
         return self.layers[-1](x)
 
     def parameters(self) -> list[Tensor]:

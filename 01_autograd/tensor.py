@@ -92,7 +92,8 @@ class Tensor:
         """x ** n for a number n. An exponent that is itself a Tensor needs x > 0 (see `log`).
 
         Slopes at x = 0 as in `Value.__pow__`: infinite for a root, 0 for n = 0.
-        Raises ValueError for a fractional power of a negative entry, ZeroDivisionError for a negative power of zero.
+        Raises ValueError for a fractional power of a negative entry, ZeroDivisionError for a negative power of zero,
+        OverflowError when a result or its slope exceeds the largest float.
         """
         if not isinstance(exponent, Real):
             return (self.log() * exponent).exp()
@@ -101,9 +102,12 @@ class Tensor:
             raise ValueError(f"({x.min():g}) ** {n:g} is not a real number: the base must not be negative")
         if n < 0.0 and (x == 0.0).any():
             raise ZeroDivisionError(f"0 ** {n:g}: division by a Tensor with a zero in it")
-        with np.errstate(divide="ignore"):  # the slope of a square root at zero is infinite
-            slope = n * x ** (n - 1.0) if n else np.zeros_like(x)
-        return Tensor(x**n, (self,), (lambda g: g * slope,), f"**{n:g}")
+        try:
+            with np.errstate(divide="ignore", over="raise"):  # the slope of a square root at zero is infinite
+                result, slope = x**n, n * x ** (n - 1.0) if n else np.zeros_like(x)
+        except FloatingPointError:
+            raise OverflowError(f"an entry ** {n:g} or its slope exceeds the largest float") from None
+        return Tensor(result, (self,), (lambda g: g * slope,), f"**{n:g}")
 
     def exp(self) -> "Tensor":
         """Raises OverflowError above x = 709.78, where e ** x exceeds the largest float."""
@@ -231,7 +235,10 @@ class Tensor:
         return self**0.5
 
     def sigmoid(self) -> "Tensor":
-        """1 / (1 + e ** -x), by way of tanh: the textbook form overflows at x = -710."""
+        """1 / (1 + e ** -x), by way of tanh: the textbook form overflows at x = -710.
+
+        The price: small results lose digits, and below x = -39 the result is 0.
+        """
         return (self * 0.5).tanh() * 0.5 + 0.5
 
     def mean(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> "Tensor":

@@ -163,10 +163,10 @@ def lesson_and(config: Config, log: RunLog) -> TableRun:
 
 def lesson_xor(config: Config, log: RunLog, name: str, make: Callable) -> list[TableRun]:
     """XOR from `config.starts` initialisations; `make(rng)` gives a model and its logit."""
-    runs = []
+    runs, rng = [], random.Random(config.seed)
     with progress(config.starts, f"XOR, {name}") as bar:
         for start in range(config.starts):
-            run = learn_table(*make(random.Random(config.seed + start)), XOR, config.steps, config.lr)
+            run = learn_table(*make(rng), XOR, config.steps, config.lr)
             runs.append(run)
             log.metrics(config.steps, lesson=f"XOR, {name}", start=start, loss=run.losses[-1], best=run.best)
             bar.update(start + 1, loss=run.losses[-1], best=max(run.best for run in runs))

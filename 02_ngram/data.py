@@ -75,4 +75,5 @@ def load_data(name: str | None = None, words: bool = False, seed: int = 1337) ->
     tokenizer = CharTokenizer(text)
     train, val = split(text)
     train_ids, val_ids = (torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in (train, val))
-    return Dataset(source.name, tokenizer, train_ids, val_ids, bytes_per_char=len(val.encode("utf-8")) / len(val))
+    title = f"{source.name}, shuffled words" if words else source.name  # another text: its losses do not compare
+    return Dataset(title, tokenizer, train_ids, val_ids, bytes_per_char=len(val.encode("utf-8")) / len(val))

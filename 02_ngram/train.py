@@ -28,7 +28,7 @@ class TrainConfig:
 
     steps: int = 2000  # steps of gradient descent for the neural bigram
     batch_size: int = 2048  # examples per step
-    lr: float = 200.0  # learning rate: each example moves one row of the table only, so large steps are safe
+    lr: float = 200.0  # highest rate: a row gets only its character's share of the mean gradient, and most are rare
     seed: int = 1337
 
     def __post_init__(self):

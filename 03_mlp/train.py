@@ -110,7 +110,7 @@ def look(step: int, model, data, config: TrainConfig, log) -> float:
     log.metrics(step, val_loss=val_loss)
     # Token 0, the line break in most texts, as far back as the model sees: as if the text had just begun.
     context = torch.zeros(1, model.config.block_size, dtype=torch.long, device=next(model.parameters()).device)
-    # A generator of its own: a look must not change the random numbers of the run.
+    # A generator of its own, so that each look writes from the same random numbers.
     [ids] = sample(model, context, 160, SampleConfig(temperature=0.8), torch.Generator().manual_seed(config.seed))
     say(f"\nstep {step}: validation loss {val_loss:.4f} nats per character\n{data.tokenizer.decode(ids.tolist())}\n")
     return val_loss
@@ -135,7 +135,7 @@ def main(argv=None):
     model = MLP(options.build(ModelConfig, args, vocab_size=len(data.tokenizer))).to(device)
     # A text that is too short for either is refused now, not after the training.
     windows(data.val, model.config.block_size)
-    next(batches(data.train, model.config.block_size, config.batch_size, config.seed))
+    windows(data.train, model.config.block_size)
     stream = batches(data.train, model.config.block_size, config.batch_size, config.seed)
     optimizer = make_optimizer(model, config)
     params = sum(p.numel() for p in model.parameters())

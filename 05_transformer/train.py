@@ -32,7 +32,7 @@ class TrainConfig:
     steps: int = 2400  # optimiser steps
     batch_size: int = 32  # windows per step
     lr: float = 5e-3  # highest learning rate
-    warmup: int = 500  # steps over which the learning rate rises to it; from there it falls to 0 in a straight line
+    warmup: int = 500  # steps over which the rate rises to it, at most half of all; then it falls to 0 in a line
     weight_decay: float = 0.1  # pull of the weights towards 0, as a share of the learning rate
     beta2: float = 0.99  # memory of AdamW's second moment; small batches are noisy and want a long one
     eval_every: int = 1000  # steps between looks at the validation text, each with a sample
@@ -75,10 +75,12 @@ def schedule(step: int, config: TrainConfig) -> float:
 
     1. a straight rise over the warm-up, while AdamW's averages are young: step 0 has 1 / warmup; 2. a straight fall
     from 1, to 0 after the last step. Smaller and smaller steps average the noise of the batches out.
+    A short run warms up for half of its steps at most, or its rate would never fall.
     """
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return (config.steps - step) / max(1, config.steps - config.warmup)
+    warmup = min(config.warmup, config.steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (config.steps - step) / (config.steps - warmup)
 
 
 def make_optimizer(model, config: TrainConfig):
@@ -126,7 +128,7 @@ def look(step: int, model, data, config: TrainConfig, log) -> float:
         raise BadInput(f"the validation loss is {val_loss} at step {step}: lower --lr, which is {config.lr:g}")
     log.metrics(step, val_loss=val_loss)
     context = data.train[None, :1].to(next(model.parameters()).device)  # the text's first token
-    # A generator of its own: a look must not change the random numbers of the run.
+    # A generator of its own, so that each look writes from the same random numbers.
     [ids] = sample(model, context, 160, SampleConfig(temperature=0.8), torch.Generator().manual_seed(config.seed))
     say(f"\nstep {step}: validation loss {val_loss:.4f} nats per character\n{data.tokenizer.decode(ids.tolist())}\n")
     return val_loss

@@ -65,11 +65,12 @@ def filter_logits(logits, config: SampleConfig):
 @contextmanager
 def evaluation(model):
     """Inside, the model is in evaluation mode: no answer depends on chance or on neighbours. After, it is as found."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ OTHER = dict.fromkeys((  # what else may stand there, and with which values; Non
     "llama.expert_count": (0,), "tokenizer.ggml.add_space_prefix": (False,), "tokenizer.ggml.add_eos_token": (False,),
 }  # fmt: skip
 NEUTRAL = r"GGUF\..+|general\.(?!architecture).+|quantize\..+|tokenizer\.ggml\.\w+_token_id"  # change no number
-CONTROL = {3, 4, 5}  # token types: special, added, unused; none of them is met in a text
+CONTROL = {3, 4, 5}  # token types: special, added, unused; in a text they are met only where `encode` is told so
 
 
 class Reader(GGUFReader):
@@ -127,6 +127,7 @@ def read_words(fields: dict, path) -> dict:
         raise BadInput(f"{path}: two tokens are spelled alike")
     special = {token: i for i, token in enumerate(tokens) if kinds[i] in CONTROL}
     pre = fields["tokenizer.ggml.pre"]
+    begins = fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # as llama.cpp does where it is left out
     tokenizer = make_bpe(
         {token: i for i, token in enumerate(tokens)}, [pair.split(" ") for pair in fields["tokenizer.ggml.merges"]],
         special, PATTERNS[pre], path, whole_pieces=pre == "llama-bpe",
@@ -139,6 +140,6 @@ def read_words(fields: dict, path) -> dict:
         "tokenizer": tokenizer,
         "template": fields.get("tokenizer.chat_template"),
         "names": {name: tokens[i] for name, i in ids.items()},
-        "start": [ids["bos_token"]] if fields.get("tokenizer.ggml.add_bos_token") else [],
+        "start": [ids["bos_token"]] if begins else [],
         "ends": {i for name, i in ids.items() if name in ("eos_token", "eot_token")},
     }

@@ -2,7 +2,7 @@
 
     uv run python hf.py "What is the capital of France?"
     uv run python hf.py "Once upon a time" --raw --temperature 0.8
-    uv run python hf.py "What is a neural network?" --model Qwen/Qwen3-0.6B
+    uv run python hf.py "What is a neural network? /no_think" --model Qwen/Qwen3-0.6B
     uv run python hf.py --export my/folder --name default      # a run of train.py, for other programs
 
 A model is `smollm2` (SmolLM2-135M-Instruct, which an ordinary package brings), a folder as Hugging Face's libraries
@@ -212,8 +212,12 @@ def render(template: str, messages: list[dict], names: dict | None = None, **mor
     given = {"tools": None, "documents": None, "add_generation_prompt": True} | (names or {}) | more
     try:
         return program(template).render(messages=messages, **given)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise BadInput(f"the chat template cannot be used ({type(error).__name__}: {error})") from None
+    except (
+        jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+        RecursionError, SyntaxError,  # macros that call themselves; loops nested deeper than Python allows
+    ) as error:  # fmt: skip
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"the chat template cannot be used ({type(error).__name__}: {reason})") from None
 
 
 def chat(opened: Opened, messages: list[dict], **more) -> list[int]:
@@ -238,7 +242,7 @@ def write(opened: Opened, ids: list[int], length: int, config: SampleConfig, gen
         raise BadInput(f"{len(ids)} tokens to go on from: the model takes at least 1, and {most} at most")
     context = torch.tensor([ids], device=next(opened.model.parameters()).device)
     part = []  # tokens that do not make whole characters yet: one of several bytes may be cut between two tokens
-    steps = generate(opened.model, context, config, generator, stop=opened.ends)
+    steps = generate(opened.model, context, config, generator)
     for token in timed(itertools.islice(steps, length), [] if seconds is None else seconds):
         if token.item() in opened.ends:
             break
@@ -254,7 +258,7 @@ def write(opened: Opened, ids: list[int], length: int, config: SampleConfig, gen
 
 
 def export(model: GPT, tokenizer, folder: str | Path, template: str | None = None, end: str = END) -> Path:
-    """Write a folder that `transformers` opens, and with it every program that reads such folders.
+    """Write a folder in the form of Hugging Face's libraries, which `transformers` opens.
 
     `end` is the special token that ends a text, where the tokenizer has it. The folder appears whole or not at all.
     Raises BadInput for a model that no published architecture computes, and where the folder is there already.
@@ -334,7 +338,7 @@ def main(argv=None):
     for text in write(opened, ids, args.length, config, seconds=seconds):
         say(text, end="")
     say()
-    print(speeds(seconds, len(ids)), file=sys.stderr)  # stdout is the answer's alone
+    print(speeds(seconds, len(ids), len(seconds) - 1), file=sys.stderr)  # stdout is the answer's alone
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class MixtureConfig:
                            f"{self.n_layer}: lower one of the two, or choose n_expert 0 for a dense model")
         if self.n_expert > 1 and self.n_active == 1 and self.renormalise:
             raise BadInput("n_active 1 with renormalise: the weight of the chosen expert is always 1, and the router "
-                           "learns nothing from the loss: choose --no-renormalise, or a larger n_active")
+                           "learns nothing from the loss: choose a larger n_active, or train.py --no-renormalise")
         if self.expert_hidden is None:
             self.expert_hidden = max(8, self.n_hidden // (self.n_active + self.n_shared) // 8 * 8)
         if self.expert_hidden < 1:
@@ -65,7 +65,7 @@ class Routing:
     """What the router of a layer did in its last pass, over the positions that are no padding."""
 
     load: torch.Tensor  # [E], positions that chose each expert, without gradient
-    balance: torch.Tensor  # Switch's loss: 1 where all experts are equally loaded, E where one takes all
+    balance: torch.Tensor  # Switch's loss: 1 where all experts are equally loaded, E / k where the same k take all
     z: torch.Tensor  # mean square of the logarithm of the router's sum of exponentials: large scores round badly
     entropy: torch.Tensor  # of the router's probabilities, in nats, mean over positions; ln E where it does not choose
     dropped: torch.Tensor  # share of the choices that an expert had no room for

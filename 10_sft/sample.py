@@ -3,7 +3,7 @@
     uv run python train.py && uv run python sample.py
     uv run python sample.py --prompt "ROMEO:" --temperature 0.8 --top-k 10
     uv run python sample.py --prompt "ROMEO:" "O, what a day" "Speak" --length 100     # a batch
-    uv run python sample.py --window 60 --sinks 4 --length 10000                       # without end, in constant memory
+    uv run python sample.py --window 60 --sinks 4 --length 10000            # far beyond block_size, in constant memory
 
 It works in two phases. Prefill reads the prompt, many tokens in one pass: the processor multiplies as fast as it can.
 Decode writes one token in a pass, and for each has to fetch all weights from memory: the processor waits for them.
@@ -85,14 +85,15 @@ def draw(logits, config: SampleConfig, generator=None):
 @contextmanager
 def evaluation(model):
     """Inside, the model is in evaluation mode: no answer depends on chance or on neighbours. After, it is as found."""
-    training = model.training
-    if training:  # setting the mode visits every layer, which for each token is too often
+    # All of this visits every layer, which for each token is too often: a model in evaluation mode is left alone.
+    modes = [(module, module.training) for module in model.modules()] if model.training else []
+    if modes:
         model.eval()
     try:
         yield model
     finally:
-        if training:
-            model.train()
+        for module, training in modes:
+            module.training = training
 
 
 def pad_left(prompts: list[list[int]], device=None):
@@ -163,13 +164,13 @@ def timed(steps, seconds: list):
         start = time.perf_counter()
 
 
-def speeds(seconds: list, prompt: int, batch_size: int = 1) -> str:
-    """The two phases in one line, from the seconds of each step and the prompt's tokens."""
+def speeds(seconds: list, prompt: int, decoded: int) -> str:
+    """The two phases in one line, from the seconds of each step, the prompt's tokens and those after the first step."""
     first, others = seconds[0], seconds[1:]
     told = f"prefill: {prompt:,} tokens in {first:.3f} s, {prompt / first:,.0f} tokens/s"
     if others:
-        tokens, spent = batch_size * len(others), sum(others)
-        told += f"; decode: {tokens:,} tokens in {spent:.2f} s, {tokens / spent:,.0f} tokens/s"
+        spent = sum(others)
+        told += f"; decode: {decoded:,} tokens in {spent:.2f} s, {decoded / spent:,.0f} tokens/s"
     return told
 
 
@@ -217,7 +218,8 @@ def main(argv=None):
     else:
         for prompt, text in zip(args.prompt, texts, strict=True):
             say(f"--- {prompt}{tokenizer.decode(text)}")
-    print(speeds(seconds, int(ids.numel() - pad.sum()), len(texts)), file=sys.stderr)  # stdout is the text's alone
+    decoded = sum(len(text) - 1 for text in texts)  # the first token of each text comes with the prefill
+    print(speeds(seconds, int(ids.numel() - pad.sum()), decoded), file=sys.stderr)  # stdout is the text's alone
 
 
 if __name__ == "__main__":

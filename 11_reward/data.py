@@ -38,7 +38,10 @@ def split(text: str) -> tuple[str, str]:
 
 
 def encode(text: str, tokenizer) -> torch.Tensor:
-    """The tokens of `text` -> [N], uint16; an end token follows each document but the last, or BadInput without one."""
+    """The tokens of `text` -> [N]; an end token follows each document but the last, or BadInput without one.
+
+    Two bytes each (uint16), or four where the vocabulary has more than 65,536 tokens.
+    """
     ids = []
     for i, document in enumerate(text.split(END)):
         if i:
@@ -46,13 +49,14 @@ def encode(text: str, tokenizer) -> torch.Tensor:
                 raise BadInput(f"the text holds {END}, but its tokenizer was made without: train a new one")
             ids.append(tokenizer.special[END])
         ids.extend(tokenizer.encode(document))
-    return torch.from_numpy(np.array(ids, dtype=np.uint16))
+    return torch.from_numpy(np.array(ids, dtype=np.uint16 if len(tokenizer) <= 2**16 else np.int32))
 
 
 def in_file(path: Path, data: torch.Tensor) -> torch.Tensor:
-    """The tokens `data` [N], written to `path`, two bytes each, and read from there as they are needed."""
-    write(path, data.numpy().tobytes())
-    return torch.from_numpy(np.memmap(path, dtype=np.uint16, mode="c"))  # "c": torch wants it writable, the file is not
+    """The tokens `data` [N], written to `path` as they are, and read from there as they are needed."""
+    ids = data.numpy()
+    write(path, ids.tobytes())
+    return torch.from_numpy(np.memmap(path, dtype=ids.dtype, mode="c"))  # "c": torch wants it writable, the file is not
 
 
 def windows(data: torch.Tensor, block_size: int):

@@ -165,9 +165,10 @@ def attention(q, k, v, hidden=None, far=None, sink=None):
 
     q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]. Query heads 0 ... H / K - 1 read key-value head 0, and so on.
     Vaswani et al., "Attention Is All You Need" (2017), equation 1.
-    One fused kernel never stores the T x S weights. It serves where it is quicker: on a GPU, and on a CPU where no
-    gradient is wanted. Its `is_causal` takes query 0 for position 0, which is wrong as soon as there are more keys than
-    queries: with a cache, it has to be told what is hidden.
+    One fused kernel never stores the T x S weights. It serves where it is quicker: on a GPU, and on a CPU with a mask
+    and no gradient. It cannot serve with sinks, which meet other queries than the rest. Its `is_causal` takes query 0
+    for position 0, which is wrong as soon as there are more keys than queries: with a cache, it has to be told what is
+    hidden.
     """
     if q.is_cuda and hidden is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

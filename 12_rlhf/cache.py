@@ -4,7 +4,7 @@ A token's key and value depend on the tokens before it and on nothing that comes
 Without a cache, token n costs a pass over n tokens; with one it costs a pass over one, which looks at n kept keys.
 
 The price is memory: 2 x layers x K x D numbers for each position. A window bounds it: the key of the position that
-leaves the window is overwritten by the newest (a rolling buffer), so a text without end needs no more.
+leaves the window is overwritten by the newest (a rolling buffer), so a longer text needs no more.
 """
 
 from shared.errors import BadInput

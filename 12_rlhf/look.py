@@ -20,7 +20,7 @@ class Look:
     hidden: torch.Tensor | None = None  # [B, 1, T, S], True where a query may not look
     far: tuple | None = None  # the angles of queries that look at a sink, like `rope`; none: there are no sinks
     sink: torch.Tensor | None = None  # [B, 1, 1, S], True for the keys that are sinks
-    real: torch.Tensor | None = None  # [B, T], False for padding, on which no expert spends its time; none: all are
+    real: torch.Tensor | None = None  # [1 or B, T], False for padding, which no expert spends time on; none: all are
 
 
 CAUSAL = Look()

@@ -76,7 +76,8 @@ class BPETokenizer:
         """Text -> token ids, by tiktoken's encoder (compiled, the same answer as `encode_slowly`).
 
         With `special`, the name of a special token stands for that token, as in the text that a chat template makes.
-        Without, it is text like any other: a document that quotes the name must not end there.
+        Without, it is text like any other: a document that quotes the name must not end there. This holds for words
+        that were added to the vocabulary, too (Qwen3's <think>), which other programs meet in any text.
         """
         if special and self.special:
             return encode_special(self, text)
@@ -93,7 +94,10 @@ class BPETokenizer:
         """
         ids = []
         for piece in regex.findall(self.pattern, unicodedata.normalize(self.form, text) if self.form else text):
-            parts = [bytes([byte]) for byte in piece.encode("utf-8") if byte not in self.unknown]
+            if (whole := piece.encode("utf-8")) in self.ranks:  # no merges may lead there, as in Llama 3's vocabulary
+                ids.append(self.ranks[whole])
+                continue
+            parts = [bytes([byte]) for byte in whole if byte not in self.unknown]
             while len(parts) > 1:
                 ranks = [self.ranks.get(a + b, float("inf")) for a, b in pairwise(parts)]
                 best = min(ranks)

@@ -165,8 +165,8 @@ def schedule(step: int, config: TrainConfig) -> float:
 def make_optimizer(model, config: TrainConfig):
     """Muon for the matrices inside the blocks, AdamW for embedding and head, and for the norms' scales without decay.
 
-    By name and not by shape: an embedding is a matrix too, but a table of vectors, of which each batch uses a few. So
-    is a router, a vector for each expert.
+    By name and not by shape: an embedding is a matrix too, but its rows are looked up, and Muon would move those of
+    rare tokens nearly as far as the others. A router is a table as well, with a vector for each expert.
     """
     named = dict(model.named_parameters())
     scales = [name for name in named if "norm" in name]
@@ -243,7 +243,7 @@ def look(step: int, model, data, config: TrainConfig, log) -> float:
         raise BadInput(f"the validation loss is {val_loss} at step {step}: lower --lr, {config.lr:g}, and --muon-lr")
     log.metrics(step, val_loss=val_loss)
     context = data.train[None, :1].long().to(next(model.parameters()).device)  # the text's first token
-    # A generator of its own: a look must not change the random numbers of the run.
+    # A generator of its own, so that each look writes from the same random numbers.
     [ids] = sample(model, context, 160, SampleConfig(temperature=0.8), torch.Generator().manual_seed(config.seed))
     say(f"\nstep {step}: validation loss {val_loss:.4f} nats per character\n{data.tokenizer.decode(ids.tolist())}\n")
     return val_loss
@@ -301,6 +301,7 @@ def main(argv=None):
     begin = time.perf_counter() - state["seconds"]
     flags = vars(args) | {"resume": False, "corpus": data.name}  # a default may find another text the next time
     with RunLog(__file__, args.name, flags, step, args.board) as log, Interrupt() as interrupt:
+        # Written anew by each run, by one that is resumed too: no part of the record.
         data.train, data.val = (in_file(log.folder / f"{part}.bin", getattr(data, part)) for part in ("train", "val"))
         stream = batches(data.train, model.config.block_size, config.batch_size, config.seed, step)
 

@@ -286,6 +286,9 @@ def test_extreme_inputs_stay_finite():
         (ours**exponent).backward()
         (theirs**exponent).backward()
         assert ours.grad == theirs.grad.item(), f"slope of x ** {exponent} at 0: {ours.grad}, torch {theirs.grad}"
+    tiny = Value(1e-320)
+    (tiny**0).backward()
+    assert tiny.grad == 0.0, "x ** 0 is 1 for every x, however small: its slope is 0"
     assert math.isnan(Value(math.nan).relu().data), "relu must not hide a nan"
 
 

@@ -329,6 +329,8 @@ REFUSED = {
     "root of -2": (lambda x: x**0.5, ValueError, "negative", "a single nan spreads to every weight"),
     "1 / x": (lambda x: 1.0 / x, ZeroDivisionError, "zero", "a single inf spreads to every weight"),
     "exp 1000": (lambda x: (x * 1000.0).exp(), OverflowError, "maximum", "e ** 1000 fits into no float"),
+    "1 / 1e-200": (lambda x: Tensor([1e-200, 2.0]) ** -1, OverflowError, "float", "the slope, -1e400, fits nowhere"),
+    "1e200 ** 2": (lambda x: Tensor([2.0, 1e200]) ** 2, OverflowError, "float", "1e400 fits into no float"),
     "Tensor of a Tensor": (Tensor, TypeError, "Tensor", "a new graph was started without saying so"),
     "class 3": (lambda x: cross_entropy(x, [3]), ValueError, "3 classes", "the classes are 0, 1 and 2"),
     "class -1": (lambda x: cross_entropy(x, [-1]), ValueError, "3 classes", "-1 was read as the last class"),

@@ -260,7 +260,7 @@ def test_each_seed_gives_its_own_starts(tmp_path):
         return [run.losses[0] for run in runs]
 
     assert first_losses(1) == first_losses(1), "the same seed begins with other weights"
-    assert len({*first_losses(1), *first_losses(5)}) == 6, "two starts begin with the same weights"
+    assert len({*first_losses(1), *first_losses(2)}) == 6, "two starts begin with the same weights"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-
 """Checkpoints of the models: counting against dictionaries, Kneser-Ney against its equations, softmax against torch."""
 
 import itertools

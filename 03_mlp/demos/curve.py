@@ -62,7 +62,7 @@ def main(argv=None):
     runs = [read(name) for name in args.runs]
     log = RunLog(__file__, "curve", vars(args))
     keys = ("name", "corpus", "params", "tokens", "seconds", "val_loss")
-    table("runs", [{key: run[key] for key in keys} for run in runs])
+    table("runs", [{key: run[key] for key in keys} | {"corpus": Path(run["corpus"]).name} for run in runs])
     file = log.figure(draw(runs), "curve")
     log.finish()
     say(f"figure: {file}")

@@ -128,6 +128,8 @@ def main(argv=None):
     setup("cpu", args.seed)
     if args.run:
         model, tokenizer = load(run_folder(__file__, args.run) / "model.pt")
+        if model.config.n_embd < 2:
+            raise BadInput(f"the run {args.run} has n_embd {model.config.n_embd}: a map needs at least 2")
     else:
         model, tokenizer = small_model(args.corpus, args.n_embd, args.steps, args.seed)
     asked = tokenizer.encode(args.chars)

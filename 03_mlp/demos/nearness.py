@@ -34,7 +34,7 @@ FEWEST = 0.1  # share of the validation text that the case of the least known co
 
 
 def codes(tokens, base: int):
-    """Rows of tokens [N, k] as integers [N]: [1, 2, 3] in base 10 -> 123."""
+    """Rows of tokens [N, k] as integers [N]: [1, 2, 3] in base 10 -> 123. base ** k must fit into 63 bits."""
     code = torch.zeros(len(tokens), dtype=torch.long)
     for column in tokens.unbind(1):
         code = code * base + column
@@ -53,7 +53,7 @@ def discounts(counts):
     if 0 in n[1:]:
         return torch.tensor([0, 0.5, 1, 1.5], dtype=torch.double)
     y = n[1] / (n[1] + 2 * n[2])
-    taken = [min(max(i - (i + 1) * y * n[i + 1] / n[i], 0), i) for i in (1, 2, 3)]
+    taken = [max(i - (i + 1) * y * n[i + 1] / n[i], 0) for i in (1, 2, 3)]
     return torch.tensor([0, *taken], dtype=torch.double)
 
 
@@ -143,9 +143,12 @@ def main(argv=None):
     data = load_data(args.corpus)
     if data.tokenizer.chars != tokenizer.chars:
         raise BadInput(f"the run {args.run} was trained on another text than {data.name}: name it with --corpus")
+    V, span = len(tokenizer), max(LONGEST, model.config.block_size)
+    if V**LONGEST >= 2**63:  # `codes` would overflow
+        most = int(2 ** (63 / LONGEST))
+        raise BadInput(f"{data.name} has {V} different characters, and this demo counts in 64 bits: {most} at the most")
     log = RunLog(__file__, "nearness", {**vars(args), "corpus": data.name})
 
-    V, span = len(tokenizer), max(LONGEST, model.config.block_size)
     (x, y), (val_x, val_y) = (windows(part, span) for part in (data.train, data.val))
     p_counts = kneser_ney(x[:, span - COUNTED:], y, val_x[:, span - COUNTED:], val_y, V)
     known, distinct = familiarity(x[:, span - LONGEST:], val_x[:, span - LONGEST:], V)

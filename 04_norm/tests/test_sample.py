@@ -12,7 +12,7 @@ from torch import nn
 
 from checkpoint import save
 from model import MLP, ModelConfig
-from sample import SampleConfig, filter_logits, generate, main, sample
+from sample import SampleConfig, evaluation, filter_logits, generate, main, sample
 from tokenizer import CharTokenizer
 
 
@@ -277,6 +277,18 @@ def test_sampling_leaves_the_mode_as_it_was(mode):
             f"the model had training={mode} and is left in the other mode: what trains it next goes wrong"
         )
     assert seen == [False, False], "the model runs in training mode while it samples"
+
+
+def test_each_part_is_in_the_mode_it_was_found_in():
+    """After a stretch in evaluation mode each part of a model is in its own mode again, if an error ended it too."""
+    model = MLP(ModelConfig(vocab_size=11, block_size=3, n_embd=4, n_hidden=7))
+    model.blocks[0].eval()  # a part that is not being trained
+    before = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="an error"), evaluation(model):
+        assert not any(module.training for module in model.modules()), "inside, a part is in training mode"
+        raise ValueError("an error")
+    after = [module.training for module in model.modules()]
+    assert after == before, "a part of the model is left in another mode than the one it was found in"
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
     uv run stages run 05 demos/budget.py                       # trains what is missing, 20 minutes on two cores
     uv run stages run 05 demos/budget.py --shares 0.25 0.5 --seeds 1337
 
-Each stage's own `train.py` runs with its default recipe, but for the number of steps. A run that is there already is
-not made again, so the demo can be stopped and goes on where it was. The first and the last budget are trained with
-every seed, those between with the first.
+Each stage's own `train.py` runs with its default recipe, but for the number of steps, and for a warm-up of at most a
+quarter of them. A run that is there already is not made again, so the demo can be stopped and goes on where it was. The
+first and the last budget are trained with every seed, those between with the first.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def plan(shares: list[float], seeds: list[int]) -> list[tuple[str, int, int]]:
 def train(stage: str, steps: int, seed: int, corpus: str | None) -> dict:
     """The summary of one run, from its folder or by training it. Raises BadInput when the training fails."""
     folder = find(stage, Path(__file__).parents[2]).path
-    name = f"budget-{stage}-{steps}-{seed}"
+    name = f"budget-{stage}-{steps}-{seed}" + re.sub(r"[^\w.-]", "_", f"-{corpus}" if corpus else "")
     summary = run_folder(folder / "train.py", name) / "summary.json"
     if not summary.is_file():
         words = ["--steps", str(steps), "--seed", str(seed), "--name", name, "--eval-every", str(steps)]

@@ -105,6 +105,22 @@ def test_evaluation_leaves_no_trace():
     assert kept and not any(kept), "evaluation keeps all it computes for a backward pass: use torch.no_grad"
 
 
+def test_batches_go_to_the_models_device(monkeypatch):
+    """Training and evaluation move each batch to the device that the model is on."""
+    model, data = small().to("meta"), torch.randint(11, (60,))  # on the device "meta" tensors have a shape alone
+    stream = batches(data, model.config.block_size, 4, seed=5)
+    steps = train(model, stream, recipe(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def tell(model, x, y, *rest):
+        raise LookupError(f"{x.device}, {y.device}")
+
+    monkeypatch.setattr(script, "nll", tell)
+    for name, work in (("training", lambda: next(steps)), ("evaluation", lambda: evaluate(model, data))):
+        with pytest.raises(LookupError) as told:
+            work()
+        assert str(told.value) == "meta, meta", f"{name}: the model is on meta, and its batch is on {told.value}"
+
+
 def adamw(table, data, config: TrainConfig):
     """AdamW on one table of scores, written out: Loshchilov & Hutter (2019), algorithm 2, beta 0.9 and 0.999."""
     p, m, v = table.copy(), np.zeros_like(table), np.zeros_like(table)
@@ -151,6 +167,9 @@ def test_the_rate_is_a_share_of_each_groups_own():
     config = recipe(steps=10, warmup=4)
     shares = [1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert [schedule(step, config) for step in range(10)] == pytest.approx(shares), "a rise to 1, then a fall towards 0"
+    for steps, expected in ((1, [1]), (4, [1 / 2, 1, 1, 1 / 2])):
+        found = [schedule(step, recipe(steps=steps, warmup=500)) for step in range(steps)]
+        assert found == expected, f"{steps} steps with a warm-up of 500: half of them are to rise, half to fall"
     model = small()
     groups = [{"params": [model.tok_emb.weight], "lr": 0.5}, {"params": [model.head.weight], "lr": 0.001}]
     optimizer = torch.optim.SGD(groups)
@@ -221,6 +240,18 @@ def test_a_validation_loss_that_is_not_finite_is_told(monkeypatch):
             script.look(7, None, SimpleNamespace(val=None), recipe(), None)
 
 
+def test_a_look_draws_from_a_generator_of_its_own():
+    """A look takes none of the run's random numbers, and each look writes from the same ones."""
+    model, text, written = small(), torch.randint(11, (60,)), []
+    tokenizer = SimpleNamespace(decode=written.append)
+    data = SimpleNamespace(train=text, val=text, nats_per_char=float, tokenizer=tokenizer)
+    before = torch.get_rng_state()
+    for step in (1, 2):
+        script.look(step, model, data, recipe(), SimpleNamespace(metrics=lambda *args, **kwargs: None))
+    assert torch.equal(torch.get_rng_state(), before), "a sample was drawn with the random numbers of the run"
+    assert written[0] == written[1], "two looks at the same model write two texts: seed the generator anew for each"
+
+
 def test_training_learns_a_small_text_by_heart():
     """A text with one answer to every context is learned until almost nothing about it is left to say."""
     data = torch.arange(11).repeat(20)
@@ -239,16 +270,6 @@ def test_evaluation_leaves_the_mode_as_it_was(mode):
     assert [module.training for module in model.modules()] == [mode] * len(list(model.modules())), (
         f"evaluate was given a model with training={mode} and left it in the other mode"
     )
-
-
-def test_training_never_sees_the_other_texts_windows():
-    """Characters that only the validation text has keep their first embedding: nothing of it reached the training."""
-    data = torch.randint(8, (200,))  # 8, 9 and 10 never occur
-    model = tiny()
-    before = model.tok_emb.weight.detach().clone()
-    fit(model, data, recipe(weight_decay=0.0))
-    changed = (model.tok_emb.weight != before).any(dim=1).tolist()
-    assert changed == [True] * 8 + [False] * 3, "only characters of the training text may move"
 
 
 def test_the_same_seed_repeats_a_run():
@@ -331,6 +352,28 @@ def test_the_script_trains_on_the_training_text(text, tmp_path):
     main(["--corpus", str(text), "--name", "apart", *FLAGS])
     loss = json.loads((tmp_path / "out" / "apart" / "summary.json").read_text("utf-8"))["val_loss"]
     assert loss > math.log(8), f"a loss of {loss:.3f} on letters that are not in the training text: it was shown them"
+
+
+def test_the_scripts_seed_reaches_weights_and_batches(text, tmp_path, monkeypatch):
+    """--seed decides the first weights and which windows are drawn, and nothing else does."""
+    runs = []
+    for name, seed in (("first", "1"), ("again", "1"), ("other", "2")):
+        drawn = []
+
+        def watched(*args, drawn=drawn):
+            drawn.clear()  # of what was only tried out before the training
+            for x, y in batches(*args):
+                drawn.append(x.tolist())
+                yield x, y
+
+        monkeypatch.setattr(script, "batches", watched)
+        # With such a rate no weight moves: the loss at the end is still that of the first weights.
+        main(["--corpus", str(text), "--name", name, *FLAGS, "--seed", seed, "--lr", "1e-30"])
+        runs.append((json.loads((tmp_path / "out" / name / "summary.json").read_text("utf-8"))["val_loss"], drawn))
+    first, again, other = runs
+    assert first == again, "the same seed gives another run"
+    assert first[0] != other[0], "another seed begins with the same weights"
+    assert first[1] != other[1], "another seed draws the same windows"
 
 
 @pytest.fixture

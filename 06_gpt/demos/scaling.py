@@ -42,11 +42,14 @@ EXPONENTS = np.arange(0.02, 2.001, 0.01)
 HEAD = 32  # channels of a head
 
 
+def heads(width: int) -> int:
+    return max(1, width // HEAD)
+
+
 def run(width: int, steps: int, args, data, update) -> dict:
     """Train one model of the grid -> its size, its tokens and its validation loss."""
     torch.manual_seed(args.seed)
-    n_head = max(1, width // HEAD)
-    model = GPT(ModelConfig(len(data.tokenizer), n_embd=width, n_head=n_head))
+    model = GPT(ModelConfig(len(data.tokenizer), n_embd=width, n_head=heads(width)))
     config = TrainConfig(steps=steps, batch_size=args.batch_size, warmup=steps // 10, lr=args.lr, seed=args.seed)
     stream = batches(data.train, model.config.block_size, config.batch_size, config.seed)
     begin = time.process_time()
@@ -112,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     widths, lengths = sorted(set(args.widths)), sorted(set(args.steps))
     if len(widths) < 3 or len(lengths) < 3 or lengths[0] < 1:
         raise BadInput(f"--widths {widths} --steps {lengths}: three different ones of each, or the law has no shape")
+    for width in widths:
+        if width < 1 or width % heads(width):
+            raise BadInput(f"--widths {width}: a head has {HEAD} channels, so take a multiple of {HEAD}, or fewer")
     setup("cpu")
     log = RunLog(__file__, "scaling", vars(args))
     data = load_data(args.corpus)

@@ -225,6 +225,13 @@ def test_tokens_have_two_bytes_each(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["text.bin"], "half-written files are left behind"
 
 
+def test_tokens_of_a_large_vocabulary_have_four_bytes_each(tmp_path):
+    """Ids beyond 65,535, as open models have, are kept whole, in memory and in a file."""
+    tokens = encode(f"a{END}b", BPETokenizer({bytes([byte]): byte for byte in range(256)}, {END: 151_643}))
+    assert tokens.tolist() == [97, 151_643, 98], "16 bits are too few for these ids"
+    assert in_file(tmp_path / "text.bin", tokens).tolist() == [97, 151_643, 98], "the file is read as 16-bit numbers"
+
+
 def test_token_files_are_mapped_and_not_loaded(tmp_path):
     """Tokens are fetched from the file when they are looked at; changing them in memory leaves the file alone."""
     path = tmp_path / "text.bin"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from shared import boards, corpus
 from shared.errors import BadInput
@@ -120,6 +121,22 @@ def test_evaluation_leaves_no_trace():
     assert kept and not any(kept), "evaluation keeps all it computes for a backward pass: use torch.no_grad"
 
 
+def test_batches_go_to_the_models_device(monkeypatch):
+    """Training and evaluation move each batch to the device that the model is on."""
+    model, data = small().to("meta"), torch.randint(11, (60,))  # on the device "meta" tensors have a shape alone
+    stream = batches(data, model.config.block_size, 4, seed=5)
+    steps = train(model, stream, recipe(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def tell(model, x, y, *rest):
+        raise LookupError(f"{x.device}, {y.device}")
+
+    monkeypatch.setattr(script, "nll", tell)
+    for name, work in (("training", lambda: next(steps)), ("evaluation", lambda: evaluate(model, data))):
+        with pytest.raises(LookupError) as told:
+            work()
+        assert str(told.value) == "meta, meta", f"{name}: the model is on meta, and its batch is on {told.value}"
+
+
 def adamw(table, data, config: TrainConfig):
     """AdamW on one table of scores, written out: Loshchilov & Hutter (2019), algorithm 2, beta 0.9 and 0.999."""
     p, m, v = table.copy(), np.zeros_like(table), np.zeros_like(table)
@@ -166,6 +183,9 @@ def test_the_rate_is_a_share_of_each_groups_own():
     config = recipe(steps=10, warmup=4)
     shares = [1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert [schedule(step, config) for step in range(10)] == pytest.approx(shares), "a rise to 1, then a fall towards 0"
+    for steps, expected in ((1, [1]), (4, [1 / 2, 1, 1, 1 / 2])):
+        found = [schedule(step, recipe(steps=steps, warmup=500)) for step in range(steps)]
+        assert found == expected, f"{steps} steps with a warm-up of 500: half of them are to rise, half to fall"
     model = small()
     groups = [{"params": [model.tok_emb.weight], "lr": 0.5}, {"params": [model.pos_emb], "lr": 0.001}]
     optimizer = torch.optim.SGD(groups)
@@ -332,6 +352,28 @@ def test_the_script_trains_on_the_training_text(text, tmp_path):
     assert loss > math.log(8), f"a loss of {loss:.3f} on letters that are not in the training text: it was shown them"
 
 
+def test_the_scripts_seed_reaches_weights_and_batches(text, tmp_path, monkeypatch):
+    """--seed decides the first weights and which windows are drawn, and nothing else does."""
+    runs = []
+    for name, seed in (("first", "1"), ("again", "1"), ("other", "2")):
+        drawn = []
+
+        def watched(*args, drawn=drawn):
+            drawn.clear()  # of what was only tried out before the training
+            for x, y in batches(*args):
+                drawn.append(x.tolist())
+                yield x, y
+
+        monkeypatch.setattr(script, "batches", watched)
+        # With such a rate no weight moves: the loss at the end is still that of the first weights.
+        main(["--corpus", str(text), "--name", name, *FLAGS, "--seed", seed, "--lr", "1e-30"])
+        runs.append((json.loads((tmp_path / "out" / name / "summary.json").read_text("utf-8"))["val_loss"], drawn))
+    first, again, other = runs
+    assert first == again, "the same seed gives another run"
+    assert first[0] != other[0], "another seed begins with the same weights"
+    assert first[1] != other[1], "another seed draws the same windows"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of runs with one finished run in it, "tiny": made once, to look at and to copy."""
@@ -412,6 +454,13 @@ def test_ctrl_c_keeps_the_earlier_run(text, earlier, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="nothing of this run was kept"):
         main(["--corpus", str(text), "--name", "tiny", *FLAGS])
     assert not earlier(), f"a run that was stopped wrote over an earlier one's {earlier()}"
+    text.write_text(TEXT[::-1], encoding="utf-8")  # the earlier run's own text is in another file
+    with pytest.raises(KeyboardInterrupt, match="nothing of this run was kept"):
+        main(["--corpus", str(text), "--name", "tiny", *FLAGS])
+    assert earlier() == ["train.bin", "val.bin"], f"of another text: beside the token files, {earlier()} changed"
+    monkeypatch.setattr(script, "train", train)
+    main(["--resume", "--name", "tiny", "--steps", "41"])
+    assert not {"train.bin", "val.bin"} & set(earlier()), "the earlier run, resumed, goes on with the other run's text"
 
 
 def test_the_loss_is_the_mean_of_log_probs():
@@ -452,6 +501,20 @@ def test_the_recipes_precision_is_used(precision):
     evaluate(model, data, precision=precision)
     assert set(seen) == {f"torch.{precision}"}, f"a run in {precision} is evaluated in {seen[0]}"
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}, "AdamW needs its gradients in float32"
+
+
+def test_the_precision_is_set_for_the_batchs_device(monkeypatch):
+    """bfloat16 is asked for on the device that the batch is on, and not always on the CPU."""
+    asked = []
+
+    def autocast(device, *args, **kwargs):
+        asked.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    x = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    log_probs(lambda idx: torch.zeros(*idx.shape, 11, device=idx.device), x, x, "bfloat16")
+    assert asked == ["meta"], f"the batch is on meta, and bfloat16 was asked for on {asked}"
 
 
 def test_evaluation_drops_nothing():
@@ -664,6 +727,18 @@ def test_looking_does_not_change_the_run(run):
     looks = [row["step"] for row in metrics(often) if "val_loss" in row]
     assert looks == [9, 18, 27, 36, 40], f"looks at steps {looks}: every 9 steps, and at the end"
     same(load(often / "model.pt")[2], load(seldom / "model.pt")[2], "looked at more often: checkpoint")
+
+
+def test_a_look_draws_from_a_generator_of_its_own():
+    """A look takes none of the run's random numbers, and each look writes from the same ones."""
+    model, text, written = small(), torch.randint(11, (60,)), []
+    tokenizer = SimpleNamespace(decode=written.append)
+    data = SimpleNamespace(train=text, val=text, nats_per_char=float, tokenizer=tokenizer)
+    before = torch.get_rng_state()
+    for step in (1, 2):
+        script.look(step, model, data, recipe(), SimpleNamespace(metrics=lambda *args, **kwargs: None))
+    assert torch.equal(torch.get_rng_state(), before), "a sample was drawn with the random numbers of the run"
+    assert written[0] == written[1], "two looks at the same model write two texts: seed the generator anew for each"
 
 
 def test_a_resumed_run_keeps_its_text(run, monkeypatch):

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import save
 from demos import embedding
+from model import MLP, ModelConfig
+from tokenizer import CharTokenizer
 
 
 def test_principal_components_are_the_covariance_s_eigenvectors():
@@ -60,6 +63,10 @@ def test_the_demo_trains_a_small_model(text, out, capsys):
     assert "with 2 numbers for each character" in capsys.readouterr().out
     with pytest.raises(BadInput, match="at least 2"):
         embedding.main(["--corpus", str(text), "--n-embd", "1"])
+    (out / "line").mkdir(parents=True)
+    save(out / "line" / "model.pt", MLP(ModelConfig(3, n_embd=1)), CharTokenizer("abc"))
+    with pytest.raises(BadInput, match="line has n_embd 1"):
+        embedding.main(["--run", "line", "--chars", "a"])
 
 
 def test_labels_make_room_for_each_other():

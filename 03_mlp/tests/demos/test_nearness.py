@@ -9,9 +9,11 @@ from shared.errors import BadInput
 import pytest
 import torch
 
-from checkpoint import load
+from checkpoint import load, save
 from data import windows
 from demos import nearness
+from model import MLP, ModelConfig
+from tokenizer import CharTokenizer
 
 
 def slowly(text: list[int], contexts, targets, V: int, longest: int) -> list[float]:
@@ -27,7 +29,7 @@ def slowly(text: list[int], contexts, targets, V: int, longest: int) -> list[flo
             times = Counter(table.values())
             if all(times[i] for i in (1, 2, 3, 4)):
                 Y = times[1] / (times[1] + 2 * times[2])
-                D = [0] + [min(max(i - (i + 1) * Y * times[i + 1] / times[i], 0), i) for i in (1, 2, 3)]
+                D = [0] + [max(i - (i + 1) * Y * times[i + 1] / times[i], 0) for i in (1, 2, 3)]
             else:
                 D = [0, 0.5, 1, 1.5]
             after = {gram[-1]: count for gram, count in table.items() if gram[:-1] == here}
@@ -91,6 +93,18 @@ def test_another_text_is_refused(trained, tmp_path):
         nearness.main(["--corpus", str(other), "--run", "tiny"])
     with pytest.raises(BadInput, match="no checkpoint"):
         nearness.main(["--run", "absent"])
+
+
+def test_too_many_characters_are_refused(out, tmp_path):
+    """A text with so many different characters that a piece does not fit into 64 bits is refused, not counted wrong."""
+    chars = "".join(chr(0x4E00 + i) for i in range(235))  # 234 ** 8 fits into 63 bits, 235 ** 8 does not
+    text = tmp_path / "signs.txt"
+    text.write_text(chars * 2, encoding="utf-8")
+    (out / "signs").mkdir(parents=True)
+    save(out / "signs" / "model.pt", MLP(ModelConfig(len(chars), n_hidden=1)), CharTokenizer(chars))
+    with pytest.raises(BadInput, match="234 at the most"):
+        nearness.main(["--corpus", str(text), "--run", "signs"])
+    assert not (out / "nearness").exists(), "what is refused leaves no folder"
 
 
 def test_the_least_known_contexts_are_one_case():

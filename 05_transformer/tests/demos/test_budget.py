@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from shared.errors import BadInput
 
@@ -35,11 +36,15 @@ def test_a_small_budget_is_trained_once(tmp_path, monkeypatch, capsys):
     summary = json.loads((tmp_path / "out" / "budget" / "summary.json").read_text("utf-8"))
     assert [(row["stage"], row["steps"]) for row in summary["rows"]] == [("03", 4), ("05", 4)], "a run is missing"
     for row in summary["rows"]:
-        folder = tmp_path / "out" / f"budget-{row['stage']}-4-5"
+        [folder] = (tmp_path / "out").glob(f"budget-{row['stage']}-4-5*")
         assert row["val loss"] == json.loads((folder / "summary.json").read_text("utf-8"))["val_loss"], "another loss"
     assert (tmp_path / "out" / "budget" / "budget.png").stat().st_size > 1000, "no figure"
     monkeypatch.setattr(budget.subprocess, "run", lambda *args, **how: pytest.fail("a finished run is made again"))
     budget.main(words)
+    begun = SimpleNamespace(returncode=1, stderr="begun", stdout="")
+    monkeypatch.setattr(budget.subprocess, "run", lambda *args, **how: begun)
+    with pytest.raises(BadInput, match="begun"):  # another text is trained on, and not read from the runs above
+        budget.main(["--corpus", str(tmp_path / "other.txt"), *words[2:]])
 
 
 @beside

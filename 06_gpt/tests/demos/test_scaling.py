@@ -53,3 +53,6 @@ def test_the_demo_runs(text, out, capsys):
     assert "left out" in capsys.readouterr().out
     with pytest.raises(BadInput, match="--widths"):
         scaling.main(["--widths", "8", "16"])
+    for width in ("0", "100"):  # 100 channels are three heads of 33 and a third
+        with pytest.raises(BadInput, match=f"--widths {width}"):
+            scaling.main(["--corpus", str(text), "--widths", "8", "16", width])
