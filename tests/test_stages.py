@@ -17,10 +17,8 @@ NOWHERE = "http://127.0.0.1:9"  # a port where nobody listens: a download fails 
 
 
 def environment() -> dict[str, str]:
-    """No network, and no more threads than this worker's share of the cores."""
+    """No network."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     proxies = {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "localhost,127.0.0.1,::1"}
     return env | proxies | {name.upper(): value for name, value in proxies.items()}
 

@@ -889,7 +889,7 @@ def pair(tmp_path_factory):
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["torch"])
+        context.set_forkserver_preload(["torch", "torch._dynamo"])  # the latter comes with the first optimiser
     port = vacant_port()
     words = ["--corpus", str(file), *FLAGS, "--precision", "float32", "--steps", "12", "--eval-every", "5"]
     both = [context.Process(target=process, args=(rank, port, folder, words)) for rank in range(2)]

@@ -971,7 +971,7 @@ def pair(tmp_path_factory):
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["torch"])
+        context.set_forkserver_preload(["torch", "torch._dynamo"])  # the latter comes with the first optimiser
     port = vacant_port()
     # The balance loss is a product of two means: over the halves of a batch it is another one than over the whole.
     words = ["--precision", "float32", "--balance", "bias"]
