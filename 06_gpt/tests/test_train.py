@@ -31,12 +31,23 @@ from checkpoint import load
 from data import batches
 from model import GPT, ModelConfig
 from sample import main as write_text
+from sample import sample
 from train import TrainConfig, evaluate, gradient, log_probs, main, make_optimizer, nll, schedule, train
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """A run's samples have 8 tokens: 160 would take longer than its training."""
+
+    def short(model, context, length, *more):
+        return sample(model, context, 8, *more)
+
+    monkeypatch.setattr(script, "sample", short, raising=False)
 
 
 def tiny(**changes) -> GPT:

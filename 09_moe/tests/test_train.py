@@ -32,6 +32,7 @@ from data import batches
 from model import GPT, ModelConfig
 from moe import Routing
 from sample import main as write_text
+from sample import sample
 from train import (
     TrainConfig,
     evaluate,
@@ -50,6 +51,16 @@ from train import (
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """A run's samples have 8 tokens: 160 would take longer than its training."""
+
+    def short(model, context, length, *more):
+        return sample(model, context, 8, *more)
+
+    monkeypatch.setattr(script, "sample", short, raising=False)
 
 
 def tiny(**changes) -> GPT:
