@@ -66,7 +66,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "long": {  # four times the parameters, twice the context, five times as long
+    "long": {  # four times the parameters, twice the context, three to four times as long
         "name": "long", "n_embd": 128, "block_size": 128, "batch_size": 16, "lr": 3e-3, "warmup": 800, "steps": 5000,
     },
     "gpt2": {  # 480 windows of 1,024 tokens: 40 micro-batches of 12 on one GPU, 5 on each of eight

@@ -5,8 +5,8 @@
     uv run stages run 03 demos/embedding.py --run default
 
 Nobody tells the model what a vowel is. A small model with two numbers for each character is trained, so that the
-embedding can be drawn as it is. With more numbers the figure shows the two directions in which the points spread most
-(principal components). With --run a trained run is looked at instead.
+embedding can be drawn as it is, only turned. With more numbers the figure shows the two directions in which the points
+spread most (principal components). With --run a trained run is looked at instead.
 """
 
 import argparse

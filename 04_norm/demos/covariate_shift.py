@@ -11,7 +11,8 @@ If the explanation were right, training should be as bad as without norm, or wor
 Here that test runs on a deep MLP without residuals, trained as in the paper by gradient descent with momentum, where
 BatchNorm has something to help with. Every batch is new text, so the training loss is honest. While it trains:
 
-- shift: how far mean and spread of the blocks' inputs move in one step, for a fixed batch, in units of their spread;
+- shift: how far mean and spread of what enters the blocks' layers, behind norm and noise, move in one step, for a fixed
+  batch, in units of their spread;
 - turn: how far, in degrees, the middle block's gradient turns when only the layers below it take their step. This is
   the paper's own measure of the shift: what the optimiser notices of it.
 """

@@ -12,6 +12,7 @@ vanished; "derived" is what theory says:
 - a sum of input and branch has twice the variance: without norm, residuals multiply by sqrt(2) = 1.414;
 - batch norm alone multiplies by sqrt(pi / (pi - 1)) = 1.211 at every ReLU (Yang et al., "A Mean Field Theory of Batch
   Normalization", 2019);
+- layer norm alone: the signal has size 1 already, so the norm changes it little: 1, as without norm;
 - a norm inside a residual branch: block l adds 1 to a variance of l, so its share fades, and the factor goes to 1.
 """
 

@@ -5,9 +5,10 @@
 
 1. One window, one untrained network, different neighbours: in training mode BatchNorm changes its answer.
 2. A network trained on batches of neighbouring windows (a loader that forgot to shuffle): window i's target is the last
-   character of window i + 1, in the same batch. All that passes between windows is a mean and a variance per channel,
-   yet the loss falls below what the context allows, except for the last window of a batch, whose target no neighbour
-   shows. In shuffled batches, or with running statistics, the network is much worse than one that never could cheat.
+   character of the context of window i + 1, in the same batch. All that passes between windows is a mean and a variance
+   per channel, yet the loss falls below what the context allows, except for the last window of a batch, whose target no
+   neighbour shows. In shuffled batches, or with running statistics, the network is much worse than one that never could
+   cheat.
 """
 
 import argparse
