@@ -4,12 +4,12 @@ warm-up, in a stack of six blocks.
     uv run stages run 05 demos/norm_position.py
     uv run stages run 05 demos/norm_position.py --n-layer 12 --seeds 3
 
-Two things are measured. Before training, at several depths: the length of the last block's gradient, and how far one
-step of Adam moves what the head reads (0: nowhere; 1.41, the root of 2: to something unrelated). In a pre-norm stack
-the stream grows with every block, so that each one's word counts for less the more there are; in a post-norm stack
-every norm puts it back to size, and each block speaks at full volume on top of all the changes below (Xiong et al.
-2020; Liu et al., "Understanding the Difficulty of Training Transformers", 2020). Then the loss after a short training,
-where the last column counts the seeds that learned little more than how frequent each character is.
+Two things are measured. Before training, at several depths: the length of the gradient of the last block's last matrix,
+and how far one step of Adam moves what the head reads (0: nowhere; 1.41, the root of 2: to something unrelated). In a
+pre-norm stack the stream grows with every block, so that each one's word counts for less the more there are; in a
+post-norm stack every norm puts it back to size, and each block speaks at full volume on top of all the changes below
+(Xiong et al. 2020; Liu et al., "Understanding the Difficulty of Training Transformers", 2020). Then the loss after a
+short training, where the last column counts the seeds that learned little more than how frequent each character is.
 """
 
 import sys
