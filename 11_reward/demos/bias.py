@@ -1,4 +1,4 @@
-"""A set of pairs that teaches length, how to see it, and what cures it.
+"""A set of pairs in which length alone is enough, how to see what a model learns from it, and what cures it.
 
     uv run stages run 11 demos/bias.py
     uv run stages run 11 demos/bias.py --steps 300 --pairs 10000

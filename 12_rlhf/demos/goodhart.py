@@ -13,7 +13,7 @@ Schulman and Hilton, "Scaling Laws for Reward Model Overoptimization" (2022), dr
 KL divergence from the policy: a distance, as near the policy the KL grows with the square of a change. A price beta on
 the KL ends the way earlier. It does not make the judge better.
 
-With beta 0, the learning rate is `--free-lr`, which is higher: it comes to the same places, sooner.
+With beta 0, the learning rate is `--free-lr`, which is higher, so that the policy goes far in few steps.
 
 Table: `peak` is the highest gold that was seen along the way, `at` its step and `there` its square root of the KL. It
 is chosen after the fact, with the right answers known, and with some luck: nobody who has the proxy alone can stop
