@@ -19,7 +19,6 @@ summarize from human feedback" (2020), and Ouyang et al., "Training language mod
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,8 +221,7 @@ def open_judge(args, device) -> Opened:
     if args.judge == "reward" and not (folder / "summary.json").is_file():
         flags = ["--policy", args.policy, "--device", args.device, *(["--corpus", args.corpus] if args.corpus else [])]
         say("first a reward model: " + command(Path(__file__).parent.name, "reward.py", *flags))
-        if reward.main(flags):
-            sys.exit(130)
+        reward.main(flags)
     return reward.load(folder / "model.pt", device)
 
 

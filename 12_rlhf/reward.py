@@ -26,7 +26,6 @@ from shared.boards import BOARDS
 from shared.console import progress, say, table
 from shared.device import setup
 from shared.errors import BadInput
-from shared.interrupt import Interrupt
 from shared.program import command, run_program
 from shared.runlog import RunLog, read_metrics
 
@@ -177,8 +176,8 @@ def accuracy(chosen, rejected) -> float:
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-def fit(model: RewardModel, rows: list[tuple[list[int], list[int]]], config: RewardConfig, stop=lambda: False):
-    """Train on encoded pairs; ends early once `stop()` is true. Yields (step, loss) after each step.
+def fit(model: RewardModel, rows: list[tuple[list[int], list[int]]], config: RewardConfig):
+    """Train on encoded pairs. Yields (step, loss) after each step.
 
     Both answers of a pair go through the model in one batch. Raises BadInput for fewer pairs than a batch, and at the
     first loss that is infinite or nan.
@@ -205,8 +204,6 @@ def fit(model: RewardModel, rows: list[tuple[list[int], list[int]]], config: Rew
         optimizer.step()
         optimizer.zero_grad()
         yield step + 1, loss.item()
-        if stop():
-            return
 
 
 def save(file: Path, opened: hf.Opened, **more):
@@ -277,9 +274,9 @@ def main(argv=None):
     rows = list(zip(encoded[0::2], encoded[1::2], strict=True))
     say(f"{len(rows):,} pairs to learn from, {sum(map(len, held_out.values())):,} held out")
     begin = time.perf_counter()
-    with RunLog(__file__, args.name, vars(args), board=args.board) as log, Interrupt() as interrupt:
+    with RunLog(__file__, args.name, vars(args), board=args.board) as log:  # stopped, it leaves an earlier run as it is
         with progress(config.steps, "learning to judge") as bar:
-            for step, loss in fit(opened.model, rows, config, lambda: interrupt.asked):
+            for step, loss in fit(opened.model, rows, config):
                 bar.update(step, loss=loss)
                 if step % 10 == 0:
                     log.metrics(step, train_loss=loss)
@@ -287,9 +284,6 @@ def main(argv=None):
                     log.metrics(step, **{row["pairs"]: row["right"] for row in report(opened, held_out)})
         save(log.folder / "model.pt", opened, args=vars(args))
         log.keep()
-        if step < config.steps:  # without a summary: nobody takes this judge for a finished one
-            say(f"stopped at step {step}, and saved as it is in {log.folder}: it is not finished")
-            return 130
         found = report(opened, held_out)
         log.metrics(step, **{row["pairs"]: row["right"] for row in found})
         table("held-out pairs ranked right", found)
