@@ -282,14 +282,13 @@ def main(argv=None):
                     log.metrics(step, train_loss=loss)
                 if step % config.eval_every == 0 and step < config.steps:
                     log.metrics(step, **{row["pairs"]: row["right"] for row in report(opened, held_out)})
-        save(log.folder / "model.pt", opened, args=vars(args))
-        log.keep()
         found = report(opened, held_out)
         log.metrics(step, **{row["pairs"]: row["right"] for row in found})
         table("held-out pairs ranked right", found)
-        draw(read_metrics(log.folder), log)
+        save(log.folder / "model.pt", opened, args=vars(args))
         log.finish(corpus=args.corpus, steps=step, seconds=time.perf_counter() - begin,
                    **{f"right_{row['pairs']}": row["right"] for row in found})
+        draw(read_metrics(log.folder), log)
     say(f"saved in {log.folder}; look at it with " + command(log.stage, "audit.py", "--name", args.name))
 
 

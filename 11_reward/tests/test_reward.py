@@ -636,22 +636,28 @@ def test_the_text_is_that_of_the_policy(start, tmp_path, no_figures, monkeypatch
     assert told(tmp_path / "out" / "found")["corpus"] == saved == own, "the record tells another text"
 
 
-def test_ctrl_c_keeps_the_earlier_judge(start, no_figures, monkeypatch):
-    """Ctrl-C in a step ends the run there and says so: the finished judge of this name, and its record, stay."""
+@pytest.mark.parametrize("where", ["in a step", "in the last look"])
+def test_ctrl_c_keeps_the_earlier_judge(where, start, no_figures, monkeypatch):
+    """Ctrl-C ends the run there and says so: the finished judge of this name, and its record, stay."""
     folder = start("stopped")
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     assert {"model.pt", "metrics.jsonl", "summary.json"} <= before.keys(), "the run before"
-    schedule, waiting = train.schedule, [2]
+    schedule, report, looks = train.schedule, script.report, iter(range(1, 4))
 
     def share(step, config):
-        if step in waiting:
-            waiting.clear()
+        if where == "in a step" and step == 2:
             signal.raise_signal(signal.SIGINT)
         return schedule(step, config)
 
+    def look(*args):
+        if next(looks) == 3:  # after 5, 10 and all 12 steps
+            signal.raise_signal(signal.SIGINT)
+        return report(*args)
+
     monkeypatch.setattr(train, "schedule", share)
+    monkeypatch.setattr(script, "report", look)
     with pytest.raises(KeyboardInterrupt, match="nothing of this run was kept"):
-        start("stopped", "--steps", "20")
+        start("stopped", "--seed", "2")
     after = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     assert [name for name in before if after.get(name) != before[name]] == [], "a file of the finished judge changed"
 
