@@ -27,7 +27,7 @@ def run_pytest(words: list[str], result: Path) -> int:
     import pytest
 
     os.environ |= BARE | {"STAGES_RESULT": str(result)}
-    # Plain: what pytest tells of an assertion without words is not read here, and takes half of the time to prepare.
+    # Plain: what pytest tells of an assertion without words is not read here, and each copy would be prepared for it.
     plain = ["-q", "-p", "shared.stages.checkpoints", "-p", "no:cacheprovider", "--assert=plain"]
     return pytest.main([*plain, *words])
 
