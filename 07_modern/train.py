@@ -74,7 +74,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "long": {  # three times as long, and decay against learning the text by heart
+    "long": {  # two to three times as long, and decay against learning the text by heart
         "name": "long", "batch_size": 32, "steps": 1800, "weight_decay": 0.3,
     },
     "smollm2": {  # the shape of SmolLM2-135M, 2 million tokens per step: 64 micro-batches of 16 windows on one GPU
